@@ -1,0 +1,82 @@
+"""Which experts of a Mixture-of-Experts model work together, and which it can do without.
+
+``extract`` records what the routers do on your text, ``HSDL().fit`` finds groups of experts that
+work together across layers, ``score`` and ``plan`` decide which experts to drop, ``mask`` tries a
+plan in memory, ``prune`` writes a smaller checkpoint, ``evaluate`` says what it cost and
+``report`` shows it all on one page. Each is also a command: ``moecollab --help``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+__version__ = metadata.version("moecollab")
+
+if TYPE_CHECKING:
+    from moecollab.criteria.scores import Scores, load_scores
+    from moecollab.criteria.scoring import score
+    from moecollab.evaluation.evaluation import Evaluation, evaluate, load_evaluation
+    from moecollab.models.masking import mask
+    from moecollab.patterns.dictionary import HSDL, Collaboration, load_collaboration
+    from moecollab.pruning.planning import Plan, load_plan, plan
+    from moecollab.pruning.pruning import prune
+    from moecollab.record.activations import Activations, load_activations
+    from moecollab.record.extraction import extract
+    from moecollab.report.page import report
+
+_HOME = {
+    "Activations": "record.activations",
+    "Collaboration": "patterns.dictionary",
+    "Evaluation": "evaluation.evaluation",
+    "HSDL": "patterns.dictionary",
+    "Plan": "pruning.planning",
+    "Scores": "criteria.scores",
+    "evaluate": "evaluation.evaluation",
+    "extract": "record.extraction",
+    "load_activations": "record.activations",
+    "load_collaboration": "patterns.dictionary",
+    "load_evaluation": "evaluation.evaluation",
+    "load_plan": "pruning.planning",
+    "load_scores": "criteria.scores",
+    "mask": "models.masking",
+    "plan": "pruning.planning",
+    "prune": "pruning.pruning",
+    "report": "report.page",
+    "score": "criteria.scoring",
+}
+
+__all__ = [
+    "HSDL",
+    "Activations",
+    "Collaboration",
+    "Evaluation",
+    "Plan",
+    "Scores",
+    "evaluate",
+    "extract",
+    "load_activations",
+    "load_collaboration",
+    "load_evaluation",
+    "load_plan",
+    "load_scores",
+    "mask",
+    "plan",
+    "prune",
+    "report",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public object)
+    """Imports a public name on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'moecollab' has no attribute {name!r}")
+    value = getattr(import_module(f"moecollab.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]

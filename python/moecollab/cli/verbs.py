@@ -1,0 +1,269 @@
+"""The commands: each calls the API verb of the same name with the same options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+import moecollab as mc
+from moecollab import progress
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a model, or a masked model")]
+Out = Annotated[Path, typer.Option(help="Where the result goes")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
+Context = Annotated[int, typer.Option(help="Longest window in tokens; longer text is cut")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Batch = Annotated[int, typer.Option(help="Windows run at once")]
+
+
+def _say(what: object) -> None:
+    """One line on stdout: what was made."""
+    typer.echo(" ".join(str(what).split()))
+
+
+def extract(  # noqa: PLR0913 (one parameter per option)
+    model: Model,
+    corpus: Annotated[Path, typer.Argument(help=".txt, .jsonl (text, domain) or .parquet file")],
+    out: Out,
+    tokens: Annotated[int | None, typer.Option(help="Take about this many tokens")] = None,
+    norms: Annotated[bool, typer.Option(help="Record the norms of expert outputs")] = True,
+    context: Context = 512,
+    batch_size: Batch = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Records which experts a model uses on a text.
+
+    A run that was stopped goes on where it was when started again with the same options.
+
+    Example: moecollab extract models/olmoe calibration.jsonl --out run/activations
+    """
+    with progress.show():
+        acts = mc.extract(
+            model,
+            corpus,
+            out=out,
+            tokens=tokens,
+            norms=norms,
+            context=context,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
+    _say(f"{out}: {acts!r}")
+
+
+def fit(  # noqa: PLR0913 (one parameter per option)
+    activations: Annotated[Path, typer.Argument(help="Folder made by extract")],
+    out: Out,
+    atoms: Annotated[
+        str | None, typer.Option(help="Groups per level, coarse to fine: 64,128")
+    ] = None,
+    sparsity: Annotated[float, typer.Option(help="Weight of the code sparsity (lambda 1)")] = 1.0,
+    reconstruction: Annotated[float, typer.Option(help="Weight of the error (lambda 2)")] = 100.0,
+    rows: Annotated[Literal["token", "sample"], typer.Option(help="What a row is")] = "token",
+    weights: Annotated[
+        Literal["renormalised", "raw", "binary", "output"], typer.Option(help="What an entry is")
+    ] = "renormalised",
+    max_iterations: Annotated[int, typer.Option(help="Longest fit, in rounds per stage")] = 100,
+    tolerance: Annotated[float, typer.Option(help="Stop at this relative change")] = 1e-3,
+    seed: Seed = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Finds groups of experts that work together across layers (HSDL).
+
+    Example: moecollab fit run/activations --out run/collaboration --atoms 64,128
+    """
+    settings = mc.HSDL(
+        atoms=tuple(int(number) for number in atoms.split(",")) if atoms else None,
+        sparsity=sparsity,
+        reconstruction=reconstruction,
+        rows=rows,
+        weights=weights,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        seed=seed,
+        threads=threads,
+    )
+    with progress.show():
+        found = settings.fit(mc.load_activations(activations))
+    found.save(out, overwrite=overwrite)
+    _say(f"{out}: {found!r}")
+
+
+def score(
+    activations: Annotated[Path, typer.Argument(help="Folder made by extract")],
+    criterion: Annotated[str, typer.Option(help="See: moecollab criteria")],
+    out: Out,
+    collaboration: Annotated[Path | None, typer.Option(help="Folder made by fit")] = None,
+    drop: Annotated[
+        float, typer.Option(help="Share you mean to drop; sets CAEP's threshold")
+    ] = 0.25,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Scores every expert by one criterion; higher means keep.
+
+    Example: moecollab score run/activations --criterion caep --collaboration run/collaboration
+    --out run/scores/caep.parquet
+    """
+    found = mc.score(
+        criterion,
+        activations,
+        collaboration=collaboration,
+        drop=drop,
+        seed=seed,
+        out=out,
+        overwrite=overwrite,
+    )
+    _say(f"{out}: {found!r}")
+
+
+def plan(
+    scores: Annotated[Path, typer.Argument(help="File made by score")],
+    drop: Annotated[float, typer.Option(help="Share of the experts to drop, in [0, 1)")],
+    out: Out,
+    per: Annotated[
+        Literal["layer", "model"], typer.Option(help="The same share in each layer, or overall")
+    ] = "layer",
+    overwrite: Overwrite = False,
+) -> None:
+    """Decides which experts to drop.
+
+    Example: moecollab plan run/scores/caep.parquet --drop 0.25 --out run/plan.json
+    """
+    found = mc.plan(scores, drop=drop, per=per, out=out, overwrite=overwrite)
+    _say(f"{out}: {found!r}")
+
+
+def mask(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="File made by plan")],
+    out: Out,
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Writes a small folder that stands for the model with the dropped experts switched off.
+
+    No weights are copied; extract and evaluate take the folder as a model.
+
+    Example: moecollab mask models/olmoe run/plan.json --out run/masked
+    """
+    mc.mask(model, plan, dtype=dtype, out=out, overwrite=overwrite)
+    _say(f"{out}: {model} masked by {plan}")
+
+
+def prune(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="File made by plan")],
+    out: Out,
+    equalise: Annotated[
+        bool, typer.Option("--equalise", help="Cut a per-model plan to equal counts per layer")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Cuts the dropped experts out and writes a smaller checkpoint.
+
+    Example: moecollab prune models/olmoe run/plan.json --out run/pruned
+    """
+    with progress.show():
+        mc.prune(model, plan, out=out, equalise=equalise, overwrite=overwrite)
+    _say(f"{out}: {model} without the experts that {plan} drops")
+
+
+def evaluate(  # noqa: PLR0913 (one parameter per option)
+    model: Model,
+    out: Out,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Held-out text: .txt, .jsonl, .parquet")
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="lm-eval task; may be repeated")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with your own task YAML")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task")] = None,
+    context: Context = 512,
+    batch_size: Batch = 8,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Measures held-out loss and lm-eval tasks.
+
+    Example: moecollab evaluate run/pruned --corpus held_out.jsonl --tasks arc_easy --limit 200
+    --out run/evaluations/pruned.json
+    """
+    with progress.show():
+        found = mc.evaluate(
+            model,
+            corpus=corpus,
+            tasks=tuple(tasks or ()),
+            task_folder=task_folder,
+            limit=limit,
+            context=context,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=dtype,
+            out=out,
+            overwrite=overwrite,
+        )
+    _say(f"{out}: {found!r}")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder with activations, collaboration, plans …")],
+    out: Out,
+    title: Annotated[str | None, typer.Option(help="Headline of the page")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Writes one HTML page that shows what was found.
+
+    Example: moecollab report run --out run/report.html
+    """
+    _say(f"{mc.report(out, run=run, title=title, overwrite=overwrite)}: report of {run}")
+
+
+def demo(
+    out: Out = Path("demo-run"),
+    seed: Seed = 0,
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Runs everything on the embedded model and text and leaves a report and every file.
+
+    Example: moecollab demo --out demo-run
+    """
+    from moecollab.demo.demo import run_demo
+
+    with progress.show():
+        page = run_demo(out, seed=seed, threads=threads, overwrite=overwrite)
+    _say(f"report: {page.resolve()}")
+
+
+def criteria() -> None:
+    """Lists the criteria: name, what each needs, where it comes from."""
+    from moecollab.criteria import get, names
+
+    for name in names():
+        form = get(name).form
+        typer.echo(f"{name:12} {form['summary']} Needs: {form['needs']} Source: {form['source']}")
+
+
+VERBS: tuple[Callable[..., None], ...] = (
+    extract,
+    fit,
+    score,
+    plan,
+    mask,
+    prune,
+    evaluate,
+    report,
+    demo,
+    criteria,
+)
+"""Every command, in the order of the data flow."""

@@ -1,0 +1,32 @@
+"""Ways to score experts, each by its name; higher means keep."""
+
+from __future__ import annotations
+
+from moecollab.criteria import caep, outputs, routing
+from moecollab.criteria.base import Criterion
+from moecollab.errors import SettingsError, unknown_name
+
+_registry: dict[str, Criterion] = {}
+
+
+def register(criterion: Criterion) -> None:
+    """Adds a criterion; a name that is taken is refused."""
+    if criterion.name in _registry:
+        raise SettingsError("criterion", criterion.name, "a name that is not yet registered")
+    _registry[criterion.name] = criterion
+
+
+def names() -> tuple[str, ...]:
+    """Names of all criteria, in alphabetical order."""
+    return tuple(sorted(_registry))
+
+
+def get(name: str) -> Criterion:
+    """The criterion of this name; an unknown name is answered with near ones."""
+    if name not in _registry:
+        raise unknown_name("criterion", name, names())
+    return _registry[name]
+
+
+for _criterion in (*routing.CRITERIA, *outputs.CRITERIA, *caep.CRITERIA):
+    register(_criterion)

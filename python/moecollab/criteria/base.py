@@ -1,0 +1,132 @@
+"""What a criterion is: a named score function that declares what it needs."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecollab.errors import MissingInputError
+
+if TYPE_CHECKING:
+    from moecollab.patterns.dictionary import Collaboration
+    from moecollab.record.tallies import Tallies
+
+FORM = ("formula", "needs", "direction", "cost", "source", "not defined when")
+"""Lines that the docstring of every score function has, in this order."""
+
+
+class Needs(Flag):
+    """Kinds of input a criterion may ask for."""
+
+    NOTHING = 0
+    ROUTING = auto()
+    """Counts and sums of weights; every extraction records them."""
+    OUTPUT_NORMS = auto()
+    """Sums of the norms of expert outputs; recorded on request."""
+    COLLABORATION = auto()
+    """Patterns fitted on these activations."""
+
+
+_PROVIDED_BY = {
+    Needs.ROUTING: "extract activations from the model first",
+    Needs.OUTPUT_NORMS: "extract again with norms=True (--norms)",
+    Needs.COLLABORATION: "fit one on these activations and pass collaboration= (--collaboration)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Everything a score function may look at.
+
+    Parameters
+    ----------
+    tallies : Tallies
+        Sums over all domains, each array of shape (n_layers, n_experts).
+    top_k : int
+        Experts that the router selects per token.
+    collaboration : Collaboration, optional
+        Patterns fitted on the same activations.
+    drop : float
+        Fraction of experts that will go, in [0, 1); used by methods whose ranking depends on it.
+    seed : int
+        Seed of a criterion that draws.
+    """
+
+    tallies: Tallies
+    top_k: int
+    collaboration: Collaboration | None = None
+    drop: float = 0.25
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n_layers, n_experts)."""
+        n_layers, n_experts = self.tallies.count.shape[-2:]
+        return int(n_layers), int(n_experts)
+
+
+class ScoreFunction(Protocol):
+    """Maps evidence to a float64 array of shape (n_layers, n_experts), higher = keep."""
+
+    __doc__: str | None
+
+    def __call__(self, evidence: Evidence, /) -> NDArray[np.float64]:
+        """Scores of all experts."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A score function with its name and needs.
+
+    Parameters
+    ----------
+    name : str
+        Lower-case name by which it is asked for.
+    needs : Needs
+        Inputs without which it cannot run.
+    function : ScoreFunction
+        A module-level function whose docstring has the lines of `FORM`.
+    """
+
+    name: str
+    needs: Needs
+    function: ScoreFunction
+
+    @property
+    def summary(self) -> str:
+        """Name, needs and source in one line."""
+        form = self.form
+        return f"{self.name} · needs {form['needs']} · {form['source']}"
+
+    @property
+    def form(self) -> dict[str, str]:
+        """Lines of the docstring form, and the docstring's first line under ``summary``."""
+        lines = (inspect.getdoc(self.function) or "").splitlines()
+        found = {"summary": lines[0].strip() if lines else ""}
+        current = ""
+        for line in lines[1:]:
+            label, colon, text = line.partition(":")
+            if colon and label.lower() in FORM:
+                current = label.lower()
+                found[current] = text.strip()
+            elif current and line.startswith(" "):
+                found[current] = f"{found[current]} {line.strip()}"
+            else:
+                current = ""
+        return found
+
+
+def check_needs(criterion: Criterion, available: Needs) -> None:
+    """Raises MissingInputError unless all that the criterion needs is available."""
+    missing = criterion.needs & ~available
+    if missing:
+        names = ", ".join(str(need.name).lower().replace("_", " ") for need in missing)
+        advice = "; ".join(_PROVIDED_BY[need] for need in missing)
+        raise MissingInputError(
+            f"criterion {criterion.name!r} needs {names}, which is not there; {advice}"
+        )

@@ -1,0 +1,172 @@
+"""Scores of all experts by one criterion, and their file."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from moecollab.errors import DataError, SchemaError, ShapeError
+from moecollab.manifest import check_manifest, manifest, write_bytes
+
+KIND, FORMAT = "scores", 1
+COLUMNS = {"layer": pl.UInt32, "expert": pl.UInt16, "score": pl.Float64, "count": pl.Int64}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scores:
+    """One score per routed expert; higher means keep, ties keep the smaller expert id.
+
+    Parameters
+    ----------
+    criterion : str
+        Name of the criterion that made them.
+    values : float64 array of shape (n_layers, n_experts)
+        Scores, finite.
+    counts : int64 array of shape (n_layers, n_experts)
+        Tokens that were routed to each expert.
+    layers : tuple of int
+        The model's own index of each row's layer, ascending.
+    top_k : int
+        Experts that the router selects per token.
+    activations : str
+        Digest of the activations they were computed from.
+    settings : mapping
+        What else they depend on, such as the seed.
+    """
+
+    criterion: str
+    values: NDArray[np.float64]
+    counts: NDArray[np.int64]
+    layers: tuple[int, ...]
+    top_k: int
+    activations: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Checks shapes and finiteness, and makes the arrays read-only."""
+        for name, dtype in (("values", np.float64), ("counts", np.int64)):
+            array = getattr(self, name)
+            if array.dtype != dtype or array.ndim != 2 or len(array) != len(self.layers):
+                expected = f"{np.dtype(dtype).name} ({len(self.layers)}, n_experts)"
+                raise ShapeError(
+                    f"{name} of the scores is {array.dtype} {array.shape}, expected {expected}; "
+                    "give one row per layer"
+                )
+            array = np.ascontiguousarray(array).view()
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        self._check_content()
+
+    def _check_content(self) -> None:
+        if self.counts.shape != self.values.shape or not self.values.size:
+            raise ShapeError(
+                f"scores have shape {self.values.shape} and counts {self.counts.shape}; "
+                "give one of each per expert"
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise DataError(f"layers {self.layers} are not ascending; sort the rows by layer")
+        if not np.isfinite(self.values).all():
+            row, expert = np.argwhere(~np.isfinite(self.values))[0]
+            raise DataError(
+                f"the {self.criterion} score of layer {self.layers[row]} expert {expert} is "
+                f"{self.values[row, expert]}; scores must be finite, so repair the criterion"
+            )
+
+    @property
+    def n_layers(self) -> int:
+        """Number of MoE layers."""
+        return len(self.layers)
+
+    @property
+    def n_experts(self) -> int:
+        """Number of routed experts per layer."""
+        return int(self.values.shape[1])
+
+    @property
+    def n_sites(self) -> int:
+        """Number of routed experts over all layers."""
+        return self.values.size
+
+    def table(self) -> pl.DataFrame:
+        """One row per expert with columns layer, expert, score and count."""
+        return pl.DataFrame(
+            {
+                "layer": np.repeat(np.asarray(self.layers), self.n_experts),
+                "expert": np.tile(np.arange(self.n_experts), self.n_layers),
+                "score": self.values.ravel(),
+                "count": self.counts.ravel(),
+            },
+            schema=COLUMNS,
+        )
+
+    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the table as Parquet, with all else in the file's metadata."""
+        about = manifest(
+            KIND, FORMAT, settings=self.settings, inputs={"activations": self.activations}
+        )
+        about |= {"criterion": self.criterion, "top_k": self.top_k}
+        buffer = io.BytesIO()
+        self.table().write_parquet(buffer, metadata={"moecollab": json.dumps(about)})
+        write_bytes(Path(path), buffer.getvalue(), overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        return (
+            f"Scores({self.criterion}: {self.n_layers} layers × {self.n_experts} experts, "
+            f"{self.values.min():.4g} to {self.values.max():.4g})"
+        )
+
+
+def load_scores(path: str | PathLike[str]) -> Scores:
+    """Scores read from a file that :meth:`Scores.save` wrote.
+
+    Raises
+    ------
+    SchemaError
+        When the file is something else.
+    DataError
+        When it is missing or damaged.
+    """
+    file = Path(path)
+    table, about = _read(file)
+    check_manifest(about, KIND, FORMAT, file)
+    layers = tuple(int(layer) for layer in table["layer"].unique().sort())
+    shape = (len(layers), table.height // max(1, len(layers)))
+    try:
+        scores = Scores(
+            criterion=str(about["criterion"]),
+            values=table["score"].to_numpy().reshape(shape),
+            counts=table["count"].to_numpy().reshape(shape),
+            layers=layers,
+            top_k=int(about["top_k"]),
+            activations=str(about["inputs"]["activations"]),
+            settings=about["settings"],
+        )
+    except (KeyError, TypeError, ValueError) as cause:
+        raise DataError(f"{file} is incomplete ({cause}); score again") from cause
+    if not scores.table().equals(table):
+        raise DataError(f"{file} lacks or repeats experts; score again")
+    return scores
+
+
+def _read(file: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """The table and the manifest in a scores file."""
+    if not file.exists():
+        raise DataError(f"{file} does not exist; make it with score")
+    try:
+        about = json.loads(pl.read_parquet_metadata(file).get("moecollab", "{}"))
+        table = pl.read_parquet(file)
+    except (pl.exceptions.PolarsError, OSError, ValueError) as cause:
+        raise DataError(f"{file} is not a readable Parquet file; score again") from cause
+    if not isinstance(about, dict) or dict(table.schema) != COLUMNS:
+        expected = ", ".join(f"{name} {dtype}" for name, dtype in COLUMNS.items())
+        raise SchemaError(f"{file} is not a file of scores; expected columns {expected}")
+    return table, about

@@ -1,0 +1,85 @@
+"""What is evaluated: a model, its tokenizer and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moecollab.errors import MissingInputError
+from moecollab.models.loading import digest_model, load_model, load_tokenizer
+from moecollab.models.masked import Mask, read_masked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model that is ready to be measured.
+
+    Parameters
+    ----------
+    model, tokenizer : causal language model and its tokenizer
+        Loaded.
+    path : str
+        Where the model came from, or its class if it came from nowhere.
+    digest : str
+        Digest of its weights, cut by a mask if there is one.
+    plan : mapping, optional
+        Kept experts, if the model is masked.
+    """
+
+    model: Any
+    tokenizer: Any
+    path: str
+    digest: str
+    plan: Mapping[str, Any] | None
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return Path(self.path).name or self.path
+
+
+def open_subject(
+    given: Any,  # noqa: ANN401 (path, model or Mask)
+    tokenizer: Any = None,  # noqa: ANN401
+    dtype: str = "auto",
+) -> Subject:
+    """Loads a model, or takes a loaded or masked one as it is.
+
+    Raises
+    ------
+    MissingInputError
+        When no tokenizer is given and none lies beside the model.
+    """
+    target = given.model if isinstance(given, Mask) else given
+    model, beside = load_model(target, dtype, moe=False)
+    path = str(target) if not isinstance(target, nn.Module) else _origin(model)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path) if beside is None and _origin(model) else beside
+    if tokenizer is None:
+        raise MissingInputError(
+            f"{path} comes without a tokenizer; pass tokenizer=, or put its files beside the model"
+        )
+    return Subject(
+        model=model,
+        tokenizer=tokenizer,
+        path=path or type(model).__name__,
+        digest=digest_model(model),
+        plan=_plan_of(given),
+    )
+
+
+def _origin(model: Any) -> str:  # noqa: ANN401 (any model)
+    """Path or hub name that a loaded model came from, or nothing."""
+    return str(getattr(model, "name_or_path", "") or "")
+
+
+def _plan_of(given: Any) -> dict[str, Any] | None:  # noqa: ANN401 (path, model or Mask)
+    """Kept experts of a Mask or of a masked model's folder."""
+    if isinstance(given, Mask):
+        return given.keep.as_json()
+    masked = None if isinstance(given, nn.Module) else read_masked(given)
+    return None if masked is None else masked[1].as_json()

@@ -1,0 +1,1 @@
+"""Where routers and experts live in a model, and how to watch, mask and cut them."""

@@ -1,0 +1,149 @@
+"""Which experts stay in each layer, and whether a model can do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Protocol, TypeAlias
+
+from moecollab.errors import PlanError, SchemaError, UnsupportedModelError
+from moecollab.manifest import read_json
+from moecollab.models.routing import MoeLayer
+
+
+class KeepsExperts(Protocol):
+    """What masking needs of a plan."""
+
+    @property
+    def keep(self) -> Mapping[int, Sequence[int]]:
+        """Kept expert ids by layer."""
+
+    @property
+    def n_experts(self) -> int:
+        """Experts per layer before anything is dropped."""
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+
+
+PlanLike: TypeAlias = KeepsExperts | str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Kept expert ids of each layer, ascending."""
+
+    keep: dict[int, tuple[int, ...]]
+    n_experts: int
+    top_k: int
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer keeps the same number of experts."""
+        return len({len(kept) for kept in self.keep.values()}) == 1
+
+    def as_json(self) -> dict[str, object]:
+        """The same as JSON values."""
+        keep = {str(layer): list(kept) for layer, kept in self.keep.items()}
+        return {"keep": keep, "n_experts": self.n_experts, "top_k": self.top_k}
+
+
+def read_keep(plan: PlanLike) -> Keep:
+    """The kept experts of a plan or plan file."""
+    if isinstance(plan, str | PathLike):
+        return keep_from_json(read_json(Path(plan)), str(plan))
+    keep = {int(layer): tuple(sorted(map(int, kept))) for layer, kept in plan.keep.items()}
+    return Keep(dict(sorted(keep.items())), int(plan.n_experts), int(plan.top_k))
+
+
+def keep_from_json(value: Mapping[str, object], where: str) -> Keep:
+    """The kept experts in a JSON object that has ``keep``, ``n_experts`` and ``top_k``."""
+    keep, n_experts, top_k = (value.get(name) for name in ("keep", "n_experts", "top_k"))
+    if (
+        not isinstance(keep, Mapping)
+        or not isinstance(n_experts, int)
+        or not isinstance(top_k, int)
+    ):
+        raise SchemaError(
+            f"{where} is not a plan: keep, n_experts or top_k is missing; make it again"
+        )
+    try:
+        found = {int(layer): tuple(sorted(map(int, kept))) for layer, kept in keep.items()}
+    except (TypeError, ValueError) as cause:
+        raise SchemaError(
+            f"{where} has a keep list that is not of integers; make it again"
+        ) from cause
+    return Keep(dict(sorted(found.items())), n_experts, top_k)
+
+
+def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:
+    """Raises unless the plan fits the model and its router can work with what is left.
+
+    Raises
+    ------
+    PlanError
+        When layers or counts differ, a layer keeps fewer than ``top_k`` experts, or the groups of
+        a group-limited router keep unequal numbers.
+    UnsupportedModelError
+        When experts of the family cannot be cut.
+    """
+    if layers[0].layout.fixed:
+        layout = layers[0].layout
+        raise UnsupportedModelError(
+            f"experts of {layout.family} cannot be masked or cut yet: {layout.fixed}; "
+            "recording and scoring work"
+        )
+    numbers = [layer.layer for layer in layers]
+    if numbers != list(keep.keep):
+        raise PlanError(
+            f"the plan is for MoE layers {list(keep.keep)} but the model has {numbers}; "
+            "make the plan from activations of this model"
+        )
+    for layer in layers:
+        _check_layer(keep, layer)
+
+
+def _check_layer(keep: Keep, layer: MoeLayer) -> None:
+    kept = keep.keep[layer.layer]
+    if keep.n_experts != layer.n_experts:
+        raise PlanError(
+            f"the plan is for {keep.n_experts} experts but layer {layer.layer} has "
+            f"{layer.n_experts}; make the plan from activations of this model"
+        )
+    if len(set(kept)) < len(kept) or (kept and not 0 <= kept[0] <= kept[-1] < layer.n_experts):
+        raise PlanError(
+            f"layer {layer.layer} keeps {list(kept)}, which are not distinct ids in "
+            f"[0, {layer.n_experts}); correct the plan"
+        )
+    if len(kept) < layer.top_k:
+        raise PlanError(
+            f"layer {layer.layer} would keep {len(kept)} experts but the router selects "
+            f"top_k={layer.top_k}; drop fewer experts"
+        )
+    _check_groups(kept, layer)
+
+
+def _check_groups(kept: tuple[int, ...], layer: MoeLayer) -> None:
+    """Nothing upstream checks this: unequal groups run, and choose other experts."""
+    n_groups = getattr(layer.router, "num_group", None) or 1
+    if n_groups == 1 or getattr(layer.router, "topk_method", "") == "greedy":
+        return
+    size = layer.n_experts // n_groups
+    counts = [sum(expert // size == group for expert in kept) for group in range(n_groups)]
+    chosen = getattr(layer.router, "topk_group", None) or n_groups
+    if len(set(counts)) > 1:
+        raise PlanError(
+            f"layer {layer.layer} keeps {counts} experts in its {n_groups} router groups; "
+            "a group-limited router needs the same number in every group"
+        )
+    # A router with a `topk_method` scores a group by its best expert, the others by the best two.
+    scored_by = 1 if hasattr(layer.router, "topk_method") else 2
+    if counts[0] < scored_by or counts[0] * chosen < layer.top_k:
+        raise PlanError(
+            f"layer {layer.layer} keeps {counts[0]} experts in each router group, but groups are "
+            f"scored by {scored_by} and a token selects top_k={layer.top_k} from {chosen} groups; "
+            "drop fewer experts"
+        )

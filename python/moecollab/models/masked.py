@@ -1,0 +1,124 @@
+"""A mask on a loaded model: routers that can only choose the kept experts.
+
+The router's rows are cut to the kept experts, so the model's own routing arithmetic runs on what is
+left, and the ids that it chooses are mapped back before the experts run. Logits equal those of the
+pruned model; nothing is copied but the router rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from moecollab.errors import DataError
+from moecollab.manifest import read_json
+from moecollab.models.keep import Keep, check_keep, keep_from_json
+from moecollab.models.routing import Call, MoeLayer, find_moe_layers
+from moecollab.models.slicing import Change, slice_router, undo
+
+MASK_FILE = "moecollab.json"
+MASKED = "masked model"
+
+
+class Mask:
+    """A mask that is on a model until :meth:`remove` is called or a ``with`` block ends.
+
+    Parameters
+    ----------
+    model : Module
+        The masked model; it runs, and is watched, as before.
+    keep : Keep
+        The experts its routers can choose.
+    """
+
+    def __init__(self, model: nn.Module, keep: Keep) -> None:
+        self.model: Any = model
+        self.keep = keep
+        self._changes: list[Change] = []
+        self._handles: list[RemovableHandle] = []
+        layers = find_moe_layers(model)
+        check_keep(keep, layers)
+        try:
+            for layer in layers:
+                self._mask_layer(layer, keep.keep[layer.layer])
+        except BaseException:
+            self.remove()
+            raise
+
+    def _mask_layer(self, layer: MoeLayer, kept: Sequence[int]) -> None:
+        self._changes += slice_router(layer, kept)
+        hook = _IdMap(kept, layer.n_experts)
+        # First of all hooks, so that whoever watches the container sees the original ids.
+        handle = layer.experts.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+        self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Restores the very tensors the model had; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        undo(self._changes)
+        self._handles, self._changes = [], []
+
+    def __enter__(self) -> Mask:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        counts = sorted({len(kept) for kept in self.keep.keep.values()})
+        kept = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        state = "on" if self._handles else "removed from"
+        return f"Mask({kept} of {self.keep.n_experts} experts, {state} {type(self.model).__name__})"
+
+
+class _IdMap:
+    """A pre-hook that turns ids among the kept experts into original ids."""
+
+    def __init__(self, kept: Sequence[int], n_experts: int) -> None:
+        self.original = torch.tensor(list(kept))
+        self.n_experts = n_experts
+
+    def __call__(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Maps the ids of one call; ids past the experts stay past them."""
+        call = Call.read(args, kwargs)
+        mapped = call.with_values(None, self.map(call.ids), None)
+        return mapped.args, mapped.kwargs
+
+    def map(self, ids: Tensor) -> Tensor:
+        """Original ids of kept ones."""
+        if self.original.device != ids.device:
+            self.original = self.original.to(ids.device)
+        n_kept = len(self.original)
+        inside = self.original[ids.long().clamp(max=n_kept - 1)].to(ids.dtype)
+        return torch.where(ids < n_kept, inside, ids + (self.n_experts - n_kept))
+
+
+def read_masked(path: str | PathLike[str]) -> tuple[str, Keep] | None:
+    """Base model and kept experts of a masked model's folder; None for any other path."""
+    file = Path(path) / MASK_FILE
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    if found.get("kind") != MASKED:
+        return None
+    base = str(found.get("base"))
+    if not Path(base).is_dir() and Path(base).is_absolute():
+        raise DataError(
+            f"{file} masks {base}, which does not exist; put the model back or mask it again"
+        )
+    return base, keep_from_json(found.get("plan") or {}, str(file))

@@ -1,0 +1,71 @@
+"""Trying a plan in memory, and writing it down as a masked model."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+from torch import nn
+
+from moecollab.errors import DataError
+from moecollab.manifest import new_folder, refuse_existing, write_json
+from moecollab.models.keep import Keep, PlanLike, read_keep
+from moecollab.models.loading import ModelLike, load_model
+from moecollab.models.masked import MASK_FILE, MASKED, Mask, read_masked
+
+
+def mask(
+    model: ModelLike,
+    plan: PlanLike,
+    *,
+    dtype: str = "auto",
+    out: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Mask:
+    """Masks a model's routers so that they choose only kept experts.
+
+    Parameters
+    ----------
+    model : Module, path or hub name
+        A loaded model is masked in place until the mask is removed.
+    plan : Plan or path
+        Kept experts of every MoE layer; layers may keep different numbers.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        Type the weights are loaded in, if `model` is a path; "auto" is that of the files.
+    out : path, optional
+        Folder for a masked model: a small file that names the model and the plan, which every
+        command takes in place of a model.
+    overwrite : bool
+        Whether `out` may be replaced.
+
+    Raises
+    ------
+    PlanError
+        When the plan does not fit the model, or the model is masked already.
+    """
+    if out is not None:
+        refuse_existing(Path(out), overwrite=overwrite)
+    keep = read_keep(plan)
+    loaded, _ = load_model(model, dtype)
+    masked = Mask(loaded, keep)
+    if out is not None:
+        _write_masked(Path(out), _base_of(model), keep, overwrite=overwrite)
+    return masked
+
+
+def _base_of(model: ModelLike) -> str:
+    """Path or name under which the unmasked model can be loaded again."""
+    name = getattr(model, "name_or_path", "") if isinstance(model, nn.Module) else str(model)
+    if not name:
+        raise DataError(
+            "the model was not loaded from a path, so a masked folder cannot name it; "
+            "save the model first and mask its folder"
+        )
+    if not isinstance(model, nn.Module) and read_masked(model) is not None:
+        raise DataError(f"{model} is a masked model already; mask its base instead")
+    return str(Path(name).resolve()) if Path(name).is_dir() else str(name)
+
+
+def _write_masked(out: Path, base: str, keep: Keep, *, overwrite: bool) -> None:
+    with new_folder(out, overwrite=overwrite) as folder:
+        write_json(folder / MASK_FILE, {"kind": MASKED, "base": base, "plan": keep.as_json()})

@@ -1,0 +1,57 @@
+"""Layouts by family: the built-in ones and those that users add."""
+
+from __future__ import annotations
+
+from moecollab.errors import SettingsError, UnsupportedModelError
+from moecollab.models.layout import BUILT_IN, Layout
+
+_layouts: dict[str, Layout] = dict(BUILT_IN)
+
+
+def register_layout(layout: Layout, *, replace: bool = False) -> None:
+    """Makes a family known; a family that is known already needs ``replace=True``.
+
+    Examples
+    --------
+    >>> from moecollab.models.layout import Layout
+    >>> register_layout(Layout(family="my_moe", count="num_experts", rows=("gate.weight",)))
+    >>> "my_moe" in families()
+    True
+    >>> unregister_layout("my_moe")
+    """
+    if layout.family in _layouts and not replace:
+        raise SettingsError(
+            "family", layout.family, "a family without a layout, or pass replace=True"
+        )
+    _layouts[layout.family] = layout
+
+
+def unregister_layout(family: str) -> None:
+    """Forgets what was registered for a family; the built-in layout comes back."""
+    _layouts.pop(family, None)
+    if family in BUILT_IN:
+        _layouts[family] = BUILT_IN[family]
+
+
+def families() -> tuple[str, ...]:
+    """Names of all known families, sorted."""
+    return tuple(sorted(_layouts))
+
+
+def layout_of(model_type: str, class_name: str) -> Layout:
+    """The layout of a ``model_type``; text parts of larger models are found as well.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When the family is not known, with the known ones and how to add another.
+    """
+    for name in (model_type, model_type.removesuffix("_text")):
+        if name in _layouts:
+            return _layouts[name]
+    raise UnsupportedModelError(
+        f"{class_name} (model_type {model_type!r}) is of a Mixture-of-Experts family that is not "
+        f"known; known are {', '.join(families())}. To add one, call "
+        "moecollab.models.registry.register_layout(moecollab.models.layout.Layout("
+        f"family={model_type!r}, count=<config field>, rows=<router tensors>))"
+    )

@@ -1,0 +1,1 @@
+"""Groups of experts that work together, and what they are about."""

@@ -1,0 +1,258 @@
+"""HSDL: groups of experts that work together, by hierarchical sparse dictionary learning."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecollab.errors import ConvergenceWarning, DataError, SettingsError
+from moecollab.patterns.collaboration import Codes, Collaboration, Level
+from moecollab.patterns.storage import load_collaboration
+from moecollab.progress import track
+from moecollab.record.activations import Activations, Grain, Weights
+from moecollab.record.rows import Rows
+
+if TYPE_CHECKING:
+    from moecollab._core import Fit, FittedLevel, HistoryRow
+
+__all__ = ["HSDL", "Codes", "Collaboration", "Level", "load_collaboration"]
+
+ATOMS_PER_SITE = (0.3, 1.2)
+MOST_ATOMS = (512, 2048)
+SMALLEST = float(np.finfo(np.float64).tiny)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HSDL:
+    """Settings of hierarchical sparse dictionary learning (arXiv:2504.12359).
+
+    Rows X (tokens or samples over experts) are written as codes times atoms, and the atoms of each
+    level as codes times finer atoms, so that the sum over levels of
+
+    - the largest code of each atom (dictionary size: atoms that do not pay are switched off),
+    - sparsity times the usage-weighted mean of code sums,
+    - reconstruction times the usage-weighted mean of absolute errors
+
+    is small, with atoms in [0, 1] and codes ≥ 0 (eqs. 4 to 7 with sums written out; the usage
+    weights are held fixed within a stage and refreshed between stages). The solver is ours: exact
+    block steps by weighted medians, with moves that add, join, remove and exchange atoms; within a
+    stage the objective never rises. Level 1 is fitted first; level 2 starts from pieces of its
+    atoms, since the objective alone would let it copy them; then both are fitted together.
+
+    All terms of level 1 scale alike with the rows, so the weights need no change for rows of
+    another scale. The default weights were chosen on routing of a 16 B model (4 layers of 64
+    experts, 77 atoms) and on planted groups. There λ₁ = λ₂ = 300 gave no atom with a single member
+    (66% of them with λ₁ = 1), 8.9 members in 3.5 layers each, 11% of experts in no atom (32%), at a
+    relative error of 0.63 (0.49); of planted groups with 5% noise it found all and nothing else.
+
+    Parameters
+    ----------
+    atoms : tuple of int, optional
+        Atoms of each level, coarse to fine. By default 0.3 and 1.2 times the number of experts, at
+        most 512 and 2048 and no more than there are rows.
+    sparsity : float
+        λ₁ ≥ 0, weight of the code sums. An atom with m members pays in a row where more than
+        (m + λ₁/λ₂)/2 of them are active; with λ₁ = λ₂ a lone expert never pays, so that every atom
+        is a group. A small λ₁ lowers the error but spends many atoms on single experts.
+    reconstruction : float
+        λ₂ > 0, weight of the errors. An atom is kept if the mean error it removes per row, times
+        this, exceeds its largest code: with 300, if it nets one expert in 0.33% of the rows.
+    rows : {"token", "sample"}
+        What a row of activations stands for.
+    weights : {"renormalised", "raw", "binary", "output"}
+        What an entry of activations is.
+    max_iterations : int
+        Iterations of a stage at most, ≥ 1.
+    tolerance : float
+        A stage ends when an iteration lowers the objective by no more than this fraction, ≥ 0.
+    seed : int
+        Seed of the starting atoms, in [0, 2⁶⁴).
+    threads : int, optional
+        Threads; one per processor by default. The result is the same for any number.
+
+    Examples
+    --------
+    >>> HSDL(atoms=(16, 32), seed=1).atoms
+    (16, 32)
+    """
+
+    atoms: tuple[int, ...] | None = None
+    sparsity: float = 300.0
+    reconstruction: float = 300.0
+    rows: Grain = "token"
+    weights: Weights = "renormalised"
+    max_iterations: int = 100
+    tolerance: float = 1e-3
+    seed: int = 0
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if self.atoms is not None:
+            _check_atoms(self.atoms)
+        _check_real("sparsity", self.sparsity, 0.0, "a finite number of at least 0")
+        _check_real("reconstruction", self.reconstruction, SMALLEST, "a finite number above 0")
+        _check_real("tolerance", self.tolerance, 0.0, "a finite number of at least 0")
+        for name, kinds in (("rows", get_args(Grain)), ("weights", get_args(Weights))):
+            if getattr(self, name) not in kinds:
+                raise SettingsError(name, getattr(self, name), f"one of {', '.join(kinds)}")
+        _check_whole("max_iterations", self.max_iterations, 1)
+        _check_whole("seed", self.seed, 0)
+        if self.threads is not None:
+            _check_whole("threads", self.threads, 1)
+
+    def fit(self, acts: Activations | Rows) -> Collaboration:
+        """Groups of experts in activations or in rows made of them.
+
+        Parameters
+        ----------
+        acts : Activations or Rows
+            What the routers did. Rows know no layers: all their sites count as one layer's.
+
+        Raises
+        ------
+        SettingsError
+            When more atoms are asked for than there are rows.
+        DataError
+            When there are no rows, or values are negative or not finite.
+
+        Warns
+        -----
+        ConvergenceWarning
+            When the fit was stopped before its tolerance was met; the result is the best so far.
+        """
+        if isinstance(acts, Activations):
+            matrix = acts.rows(self.rows, self.weights)
+            layers, n_experts, digest = acts.layers, acts.n_experts, acts.digest()
+        else:
+            matrix, layers, n_experts, digest = acts, (0,), acts.n_sites, None
+        n_rows = len(matrix.indptr) - 1
+        atoms = self._atoms(n_rows, matrix.n_sites)
+        found = self._run(matrix, atoms)
+        settings = asdict(self) | {"atoms": list(atoms)}
+        del settings["threads"]
+        collab = Collaboration(
+            levels=_levels(found),
+            codes=_codes(found["levels"][0]),
+            history=tuple(dict(row) for row in found["history"]),
+            stop_reason=found["stop_reason"],
+            layers=tuple(layers),
+            n_experts=n_experts,
+            settings=settings,
+            activations=digest,
+        )
+        if not collab.converged:
+            warnings.warn(_warning(collab, self.tolerance), ConvergenceWarning, stacklevel=2)
+        return collab
+
+    def _atoms(self, n_rows: int, n_sites: int) -> tuple[int, ...]:
+        """Atoms of each level, checked against the number of rows."""
+        if n_rows < 1:
+            raise DataError("there are no rows to fit; record some text first")
+        if self.atoms is None:
+            pairs = zip(ATOMS_PER_SITE, MOST_ATOMS, strict=True)
+            wanted = [min(math.ceil(round(share * n_sites, 9)), most) for share, most in pairs]
+            return (min(wanted[0], n_rows), wanted[1])
+        if self.atoms[0] > n_rows:
+            raise SettingsError("atoms", self.atoms, f"at most {n_rows} at level 1, one per row")
+        return tuple(int(n_atoms) for n_atoms in self.atoms)
+
+    def _run(self, matrix: Rows, atoms: tuple[int, ...]) -> Fit:
+        from moecollab._core import fit_dictionary
+
+        with track("fit patterns") as bar:
+
+            def watch(row: HistoryRow) -> None:
+                bar.advance()
+                bar.remark(f"{row['stage']}: objective {row['total']:.6g}")
+
+            return fit_dictionary(
+                (matrix.indptr, matrix.sites, matrix.values),
+                matrix.n_sites,
+                {
+                    "atoms": atoms,
+                    "sparsity": float(self.sparsity),
+                    "reconstruction": float(self.reconstruction),
+                    "max_iterations": self.max_iterations,
+                    "tolerance": float(self.tolerance),
+                    "seed": self.seed,
+                    "threads": self.threads or 0,
+                },
+                watch,
+            )
+
+
+def _check_atoms(atoms: object) -> None:
+    allowed = "a tuple of counts of at least 1, one per level"
+    if not isinstance(atoms, tuple) or not atoms:
+        raise SettingsError("atoms", atoms, allowed)
+    for count in atoms:
+        if not _is_whole(count) or not 1 <= count < 2**32 - 1:
+            raise SettingsError("atoms", atoms, allowed)
+
+
+def _check_real(name: str, value: object, least: float, allowed: str) -> None:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not least <= float(str(value)) < math.inf:
+        raise SettingsError(name, value, allowed)
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not _is_whole(value) or not least <= int(str(value)) < 2**63:
+        raise SettingsError(name, value, f"a whole number of at least {least}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _levels(found: Fit) -> tuple[Level, ...]:
+    levels: list[Level] = []
+    for level in found["levels"]:
+        links = _dense(level, len(level["atoms"])) if levels else None
+        levels.append(
+            Level(
+                _frozen(level["atoms"]),
+                _frozen(level["usage"]),
+                _frozen(level["peak"]),
+                None if links is None else _frozen(links),
+            )
+        )
+    return tuple(levels)
+
+
+def _dense(level: FittedLevel, width: int) -> NDArray[np.float32]:
+    """Codes of a level as an array of shape (n_rows, width)."""
+    indptr = level["indptr"]
+    out = np.zeros((len(indptr) - 1, width), dtype=np.float32)
+    out[np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), level["atom"]] = level["value"]
+    return out
+
+
+def _codes(level: FittedLevel) -> Codes:
+    return Codes(*(_frozen(array) for array in (level["indptr"], level["atom"], level["value"])))
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array
+
+
+def _warning(collab: Collaboration, tolerance: float) -> str:
+    rows = [row for row in collab.history if row["stage"] != "final"]
+    last = rows[-1]
+    before = rows[-2]["total"] if len(rows) > 1 else math.nan
+    same = len(rows) > 1 and rows[-2]["stage"] == last["stage"]
+    change = (before - last["total"]) / before if same and before else math.nan
+    advice = "raise max_iterations" if collab.stop_reason == "max iterations" else "fit again"
+    return (
+        f"the fit was stopped by {collab.stop_reason} in stage {last['stage']} after "
+        f"{last['iteration']} iterations, the last change was {change:.2g} and the tolerance "
+        f"{tolerance:.2g}; the best result so far is returned, {advice} to go on"
+    )

@@ -1,0 +1,102 @@
+"""The one door to progress display: silent unless someone asks for it.
+
+Long work calls :func:`track`. Nothing is shown until :func:`show` is active, which the command
+line does; a library user writes ``with moecollab.progress.show(): ...``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """What long work may say: how far it is and one short remark."""
+
+    def advance(self, steps: float = 1) -> None:
+        """Moves on by some steps."""
+
+    def remark(self, text: str) -> None:
+        """Shows a short text behind the bar."""
+
+
+class _Silent:
+    def advance(self, steps: float = 1) -> None:
+        """Shows nothing."""
+
+    def remark(self, text: str) -> None:
+        """Shows nothing."""
+
+
+class _Display(Protocol):
+    def open(self, what: str, total: float | None) -> Bar: ...
+
+    def close(self, bar: Bar) -> None: ...
+
+
+_display: ContextVar[_Display | None] = ContextVar("moecollab_progress", default=None)
+
+
+@contextmanager
+def track(what: str, total: float | None = None) -> Iterator[Bar]:
+    """A bar for one piece of work of `total` steps (unknown if None)."""
+    display = _display.get()
+    if display is None:
+        yield _Silent()
+        return
+    bar = display.open(what, total)
+    try:
+        yield bar
+    finally:
+        display.close(bar)
+
+
+@contextmanager
+def show() -> Iterator[None]:
+    """Shows the progress of everything done inside, on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"),
+        console=Console(stderr=True),
+    )
+
+    class RichBar:
+        def __init__(self, what: str, total: float | None) -> None:
+            self.task = bars.add_task(what, total=total, remark="")
+
+        def advance(self, steps: float = 1) -> None:
+            bars.advance(self.task, steps)
+
+        def remark(self, text: str) -> None:
+            bars.update(self.task, remark=text)
+
+    class RichDisplay:
+        def open(self, what: str, total: float | None) -> Bar:
+            return RichBar(what, total)
+
+        def close(self, bar: Bar) -> None:
+            if isinstance(bar, RichBar):
+                bars.stop_task(bar.task)
+
+    with bars:
+        token = _display.set(RichDisplay())
+        try:
+            yield
+        finally:
+            _display.reset(token)

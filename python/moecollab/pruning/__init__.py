@@ -1,0 +1,1 @@
+"""Which experts to keep, and cutting the others out."""

@@ -1,0 +1,1 @@
+"""Text in, router activations and per-expert sums out."""

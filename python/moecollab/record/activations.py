@@ -1,0 +1,282 @@
+"""Recorded activations: tables on disk, read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from moecollab.errors import DataError, MissingInputError, SchemaError, SettingsError
+from moecollab.manifest import MANIFEST, check_manifest, digest_bytes, digest_file, read_json
+from moecollab.record.rows import Rows
+from moecollab.record.schema import (
+    KIND,
+    SAMPLE_COLUMNS,
+    SAMPLES,
+    TALLIES,
+    TOKEN_COLUMNS,
+    TOKENS,
+    VERSION,
+    VOCABULARY,
+    VOCABULARY_COLUMNS,
+    check_table,
+    layer_columns,
+    layer_file,
+)
+from moecollab.record.tallies import Tallies, load_tallies
+
+Grain: TypeAlias = Literal["token", "sample"]
+Weights: TypeAlias = Literal["renormalised", "raw", "binary", "output"]
+
+
+@dataclass(frozen=True)
+class LayerTable:
+    """What one MoE layer did to every token; arrays are read-only.
+
+    Parameters
+    ----------
+    expert : uint16 array of shape (n_tokens, top_k)
+        Expert ids, the largest weight first; meaningless where the weight is 0.
+    weight : float32 array of shape (n_tokens, top_k)
+        Coefficients of the experts' outputs.
+    norm : float32 array of shape (n_tokens, top_k), or None
+        L2 norms of the experts' outputs before the weight, if they were recorded.
+    """
+
+    expert: NDArray[np.uint16]
+    weight: NDArray[np.float32]
+    norm: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Router activations of a model on a corpus, in a folder.
+
+    Made by :func:`moecollab.extract`, opened by :func:`load_activations`; tables are read when
+    they are asked for.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own indices of its MoE layers."""
+        return tuple(self.manifest["model"]["layers"])
+
+    @property
+    def n_layers(self) -> int:
+        """Number of MoE layers."""
+        return len(self.layers)
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts per layer."""
+        return int(self.manifest["model"]["n_experts"])
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token and layer."""
+        return int(self.manifest["model"]["top_k"])
+
+    @property
+    def n_sites(self) -> int:
+        """Routed experts over all layers."""
+        return self.n_layers * self.n_experts
+
+    @property
+    def n_tokens(self) -> int:
+        """Recorded tokens, padding excluded."""
+        return int(self.manifest["corpus"]["n_tokens"])
+
+    @property
+    def n_samples(self) -> int:
+        """Recorded samples: documents, or what the token limit left of them."""
+        return int(self.manifest["corpus"]["n_samples"])
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains of the samples, in alphabetical order."""
+        return tuple(self.manifest["corpus"]["domains"])
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether norms of expert outputs were recorded."""
+        return bool(self.manifest["settings"]["norms"])
+
+    def samples(self) -> pl.DataFrame:
+        """One row per sample: sample, domain, n_tokens, text_start."""
+        return self._table(SAMPLES)
+
+    def tokens(self) -> pl.DataFrame:
+        """One row per token: token, sample, position, token_id."""
+        return self._table(TOKENS)
+
+    def vocabulary(self) -> dict[int, str]:
+        """Text of every token id that occurs."""
+        table = self._table(VOCABULARY)
+        return dict(zip(table["token_id"].to_list(), table["text"].to_list(), strict=True))
+
+    def layer(self, layer: int) -> LayerTable:
+        """What one MoE layer did; `layer` is the model's own index."""
+        if layer not in self.layers:
+            raise SettingsError("layer", layer, f"one of {list(self.layers)}")
+        columns = ["expert", "weight", *(["norm"] if self.has_norms else [])]
+        table = self._table(layer_file(layer), columns)
+        arrays = [table[name].rechunk().to_numpy() for name in columns]
+        for array in arrays:
+            array.flags.writeable = False
+        return LayerTable(arrays[0], arrays[1], arrays[2] if self.has_norms else None)
+
+    def tallies(self) -> Tallies:
+        """Sums by domain, layer and expert."""
+        return load_tallies(self.path / TALLIES)
+
+    def rows(self, grain: Grain = "token", weights: Weights = "renormalised") -> Rows:
+        """The activation matrix as sparse rows.
+
+        Parameters
+        ----------
+        grain : {"token", "sample"}
+            What a row stands for. A sample's row is the sum of its tokens' rows divided by its
+            number of tokens.
+        weights : {"renormalised", "raw", "binary", "output"}
+            The values: routing weights divided by their sum within the token and layer, as they
+            are, 1 for each routed expert, or weight times norm of the expert's output.
+
+        Raises
+        ------
+        MissingInputError
+            When "output" is asked for and norms were not recorded.
+        """
+        if grain not in get_args(Grain):
+            raise SettingsError("grain", grain, " or ".join(map(repr, get_args(Grain))))
+        if weights not in get_args(Weights):
+            raise SettingsError("weights", weights, ", ".join(map(repr, get_args(Weights))))
+        if weights == "output" and not self.has_norms:
+            raise MissingInputError(
+                "weights='output' needs norms of expert outputs, which were not recorded; "
+                "extract again with norms=True"
+            )
+        return self._token_rows(weights) if grain == "token" else self._sample_rows(weights)
+
+    def digest(self) -> str:
+        """Digest of the manifest, the tallies and all layers."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        names = [MANIFEST, TALLIES, *(layer_file(layer) for layer in self.layers)]
+        return digest_bytes("".join(digest_file(self.path / name) for name in names).encode())
+
+    def _table(self, name: str, columns: list[str] | None = None) -> pl.DataFrame:
+        try:
+            return pl.read_parquet(self.path / name, columns=columns)
+        except (pl.exceptions.PolarsError, OSError) as cause:
+            raise DataError(
+                f"{self.path / name} is truncated or damaged; record the activations again"
+            ) from cause
+
+    def _entries(self, weights: Weights) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        """Site and value of each slot, (n_tokens, top_k) per layer; unused slots have value 0."""
+        for row, layer in enumerate(self.layers):
+            table = self.layer(layer)
+            site = table.expert.astype(np.uint32) + np.uint32(row * self.n_experts)
+            yield site, _values(table, weights)
+
+    def _token_rows(self, weights: Weights) -> Rows:
+        shape = (self.n_tokens, self.n_layers, self.top_k)
+        sites, values = np.empty(shape, np.uint32), np.empty(shape, np.float32)
+        for row, (site, value) in enumerate(self._entries(weights)):
+            order = np.argsort(site, axis=1, kind="stable")
+            sites[:, row] = np.take_along_axis(site, order, axis=1)
+            values[:, row] = np.take_along_axis(value, order, axis=1)
+        used = values != 0
+        indptr = np.zeros(self.n_tokens + 1, np.int64)
+        np.cumsum(used.sum(axis=(1, 2)), out=indptr[1:])
+        sample = self.tokens()["sample"].to_numpy()
+        return Rows(indptr, sites[used], values[used], np.ascontiguousarray(sample), self.n_sites)
+
+    def _sample_rows(self, weights: Weights) -> Rows:
+        sample = self.tokens()["sample"].to_numpy().astype(np.int64)
+        length = np.bincount(sample, minlength=self.n_samples)
+        shape = (self.n_samples, self.n_experts)
+        found = []
+        for row, (site, value) in enumerate(self._entries(weights)):
+            first = row * self.n_experts
+            key = sample[:, None] * self.n_experts + np.where(value != 0, site - first, 0)
+            total = np.bincount(key.ravel(), value.ravel(), self.n_samples * self.n_experts)
+            mean = (total.reshape(shape) / length[:, None]).astype(np.float32)
+            which, expert = np.nonzero(mean)
+            found.append((which, expert + first, mean[which, expert]))
+        which, sites, values = (np.concatenate(part) for part in zip(*found, strict=True))
+        order = np.lexsort((sites, which))
+        indptr = np.searchsorted(which[order], np.arange(self.n_samples + 1)).astype(np.int64)
+        numbers = np.arange(self.n_samples, dtype=np.uint32)
+        return Rows(indptr, sites[order].astype(np.uint32), values[order], numbers, self.n_sites)
+
+    def __repr__(self) -> str:
+        model = self.manifest["model"]
+        extra = "with" if self.has_norms else "without"
+        return (
+            f"Activations({model['class']}: {self.n_layers} MoE layers × {self.n_experts} experts, "
+            f"top {self.top_k}; {self.n_tokens} tokens in {self.n_samples} samples of "
+            f"{len(self.domains)} domains, {extra} norms)"
+        )
+
+
+def _values(table: LayerTable, weights: Weights) -> NDArray[np.float32]:
+    """Value of each slot: float32 array of shape (n_tokens, top_k)."""
+    if weights == "binary":
+        used: NDArray[np.float32] = (table.weight != 0).astype(np.float32)
+        return used
+    if weights == "output" and table.norm is not None:
+        weighted: NDArray[np.float32] = table.weight * table.norm
+        return weighted
+    if weights == "raw":
+        return table.weight
+    total = table.weight.sum(axis=1, dtype=np.float64, keepdims=True)
+    share: NDArray[np.float64] = np.zeros(table.weight.shape)
+    np.divide(table.weight, total, out=share, where=total != 0)
+    renormalised: NDArray[np.float32] = share.astype(np.float32)
+    return renormalised
+
+
+def load_activations(path: str | PathLike[str]) -> Activations:
+    """Opens a folder of recorded activations, after checking that it is whole.
+
+    Raises
+    ------
+    DataError
+        When a file is missing or truncated.
+    SchemaError
+        When the folder is of another kind or version, or a file has other columns.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder} holds no activations (no {MANIFEST}); make them with extract")
+    manifest = read_json(folder / MANIFEST)
+    check_manifest(manifest, KIND, VERSION, folder)
+    try:
+        acts = Activations(folder, manifest)
+        n_tokens, n_samples = acts.n_tokens, acts.n_samples
+        columns = layer_columns(acts.top_k, norms=acts.has_norms)
+        layers = acts.layers
+    except (KeyError, TypeError, ValueError) as cause:
+        raise SchemaError(f"{folder / MANIFEST} lacks {cause}; record again") from cause
+    check_table(folder / TOKENS, TOKEN_COLUMNS, n_tokens)
+    check_table(folder / SAMPLES, SAMPLE_COLUMNS, n_samples)
+    check_table(folder / VOCABULARY, VOCABULARY_COLUMNS)
+    for layer in layers:
+        check_table(folder / layer_file(layer), columns, n_tokens)
+    shape = acts.tallies().count.shape
+    if shape != (len(acts.domains), acts.n_layers, acts.n_experts):
+        raise SchemaError(f"{folder / TALLIES} has shape {shape}; record the activations again")
+    return acts

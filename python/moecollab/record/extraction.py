@@ -1,0 +1,296 @@
+"""Running a model over text and writing down what its routers did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from moecollab.errors import DataError, SettingsError
+from moecollab.manifest import manifest, refuse_existing
+from moecollab.models.loading import ModelLike, digest_model, load_model
+from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
+from moecollab.progress import Bar, track
+from moecollab.record.activations import Activations, load_activations
+from moecollab.record.corpus import Corpus, Source, read_corpus
+from moecollab.record.recorder import Recorder, Routing
+from moecollab.record.schema import KIND, VERSION
+from moecollab.record.shards import Arrays, ShardStore, merge_shards
+from moecollab.record.tallies import Tallies
+from moecollab.record.tallying import tally
+from moecollab.record.windows import (
+    Sample,
+    Window,
+    cut_windows,
+    group_batches,
+    group_shards,
+    select_samples,
+)
+
+_FIELDS = ("expert", "weight", "norm", "peak")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What decides the recording, besides the model and the text.
+
+    Parameters
+    ----------
+    tokens : int or None
+        Most tokens to record.
+    norms : bool
+        Whether to record norms of expert outputs.
+    context : int
+        Tokens that the model reads at once.
+    batch_size : int
+        Windows that are run together.
+    seed : int
+        Seed of the choice of documents under a limit.
+    """
+
+    tokens: int | None
+    norms: bool
+    context: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Checks ranges."""
+        for name in ("context", "batch_size"):
+            if getattr(self, name) < 1:
+                raise SettingsError(name, getattr(self, name), "1 or more")
+        if self.tokens is not None and self.tokens < 1:
+            raise SettingsError("tokens", self.tokens, "1 or more, or None for all")
+        if self.seed < 0:
+            raise SettingsError("seed", self.seed, "0 or more")
+
+
+def extract(  # noqa: PLR0913 (the verb takes what the command takes)
+    model: ModelLike,
+    corpus: Source,
+    *,
+    out: str | PathLike[str],
+    tokens: int | None = None,
+    norms: bool = True,
+    context: int = 512,
+    batch_size: int = 8,
+    seed: int = 0,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    tokenizer: Any = None,  # noqa: ANN401 (transformers is untyped)
+) -> Activations:
+    """Records which experts a model uses on a text, with what weights and effect.
+
+    A run that was killed goes on where it stopped when it is started again with the same model,
+    text and settings, and ends with the same bytes; with others it starts over. Each document is
+    read on its own; one longer than the context is cut into consecutive windows, each read from an
+    empty context, and positions go on from window to window.
+
+    Parameters
+    ----------
+    model : Module, path or hub name
+        The model, whole, masked or pruned. A loaded model needs `tokenizer`.
+    corpus : path, dataset or iterable
+        The text; see :func:`moecollab.record.corpus.read_corpus`.
+    out : path
+        Folder for the recording.
+    tokens : int, optional
+        Most tokens to record: a choice by `seed` from every domain in proportion; all if None.
+    norms : bool
+        Whether to record norms of expert outputs, which some criteria need.
+    context : int
+        Tokens that the model reads at once; at most what the model was made for.
+    batch_size : int
+        Windows that are run together.
+    seed : int
+        Seed of the choice of documents under a limit.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        Type the weights are loaded in; "auto" is that of the files.
+    overwrite : bool
+        Whether `out` may be replaced.
+    tokenizer : optional
+        Tokenizer of a loaded model.
+
+    Raises
+    ------
+    DataError
+        When the text is empty, a file is damaged, or the model's weights or activations are not
+        finite.
+    UnsupportedModelError
+        When the model is dense or its family is not known.
+    OutputExistsError
+        When `out` is there and `overwrite` is false.
+    """
+    settings = Settings(
+        tokens=tokens, norms=norms, context=context, batch_size=batch_size, seed=seed
+    )
+    target = Path(out)
+    refuse_existing(target, overwrite=overwrite)
+    text = read_corpus(corpus)
+    loaded, found = load_model(model, dtype)
+    reader = tokenizer or found
+    if reader is None:
+        raise DataError("there is no tokenizer for this model; pass tokenizer=")
+    run = _Run(loaded, reader, settings)
+    samples = select_samples(text, run.tokenize, limit=tokens, seed=seed)
+    store = ShardStore(target, run.manifest(text, model))
+    _record(run, samples, store)
+    return load_activations(target)
+
+
+def _record(run: _Run, samples: Sequence[Sample], store: ShardStore) -> None:
+    """Records what is not recorded yet, shard by shard, and puts the result in its place."""
+    store.open()
+    domains = sorted({sample.document.domain for sample in samples})
+    shards = group_shards(samples)
+    total: Tallies | None = None
+    with track("extract", sum(len(sample.ids) for sample in samples)) as bar:
+        for number, shard in enumerate(shards):
+            part = [samples[index] for index in shard]
+            arrays = store.read(number)
+            if arrays is None:
+                arrays = run.shard(part, domains, bar)
+                store.write(number, arrays)
+            else:
+                bar.advance(sum(len(sample.ids) for sample in part))
+            added = run.tallies(domains, arrays)
+            total = added if total is None else total.merge(added)
+    if total is None:
+        raise DataError("the corpus holds no text; give at least one document that is not blank")
+    merge_shards(store, len(shards), samples, total, run.vocabulary(samples))
+
+
+class _Run:
+    """A model with its tokenizer and settings, ready to read samples."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, settings: Settings) -> None:  # noqa: ANN401
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.layers: list[MoeLayer] = find_moe_layers(model)
+        self.n_experts = max(layer.n_experts for layer in self.layers)
+        self.top_k = max(layer.top_k for layer in self.layers)
+        self.config = text_config(model)
+        longest = getattr(self.config, "max_position_embeddings", None) or settings.context
+        self.context = min(settings.context, int(longest))
+
+    def tokenize(self, text: str) -> NDArray[np.uint32]:
+        """Token ids of a text, with the special tokens that the model expects."""
+        return np.asarray(self.tokenizer(text, verbose=False)["input_ids"], dtype=np.uint32)
+
+    def manifest(self, corpus: Corpus, model: ModelLike) -> dict[str, Any]:
+        """What is recorded, from what."""
+        described = manifest(
+            KIND,
+            VERSION,
+            settings=asdict(self.settings) | {"context": self.context, "dtype": self._dtype()},
+            inputs={"model": digest_model(self.model), "corpus": corpus.digest},
+            seed=self.settings.seed,
+        )
+        given = self.model.name_or_path if isinstance(model, nn.Module) else str(model)
+        described["model"] = {
+            "class": type(self.model).__name__,
+            "model_type": str(self.config.model_type),
+            "layers": [layer.layer for layer in self.layers],
+            "n_experts": self.n_experts,
+            "top_k": self.top_k,
+            "path": str(given),
+        }
+        renormalised = getattr(self.config, "norm_topk_prob", None)
+        if renormalised is not None:
+            described["model"]["norm_topk"] = bool(renormalised)
+        return described
+
+    def _dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    def shard(self, samples: Sequence[Sample], domains: Sequence[str], bar: Bar) -> Arrays:
+        """Arrays of one shard: every layer's columns and the shard's tallies."""
+        windows = cut_windows(samples, self.context)
+        first = np.cumsum([0, *(len(window.ids) for window in windows)])
+        merged = self._empty(int(first[-1]))
+        with Recorder(self.layers, norms=self.settings.norms) as recorder:
+            for batch in group_batches(windows, self.settings.batch_size):
+                found = self._forward(recorder, [windows[number] for number in batch])
+                rows = np.concatenate([np.arange(first[n], first[n + 1]) for n in batch])
+                for layer, routing in zip(merged, found, strict=True):
+                    _fill(layer, rows, routing)
+                bar.advance(len(rows))
+        counts = [len(sample.ids) for sample in samples]
+        number = np.array([domains.index(sample.document.domain) for sample in samples])
+        sums = tally(domains, np.repeat(number, counts), merged, self.n_experts)
+        arrays: Arrays = {f"tally.{name}": value for name, value in sums.as_arrays().items()}
+        for place, columns in zip(self.layers, merged, strict=True):
+            for name in ("expert", "weight", *(["norm"] if self.settings.norms else [])):
+                arrays[f"{name}.{place.layer}"] = getattr(columns, name)
+        return arrays
+
+    def tallies(self, domains: Sequence[str], arrays: Arrays) -> Tallies:
+        """The tallies of a finished shard."""
+        sums = {
+            name.removeprefix("tally."): value
+            for name, value in arrays.items()
+            if name.startswith("tally.")
+        }
+        return Tallies(domains=tuple(domains), has_norms=self.settings.norms, **sums)
+
+    def _empty(self, n_tokens: int) -> list[Routing]:
+        """Columns of zeros for each layer."""
+        shape = (n_tokens, self.top_k)
+
+        def zeros() -> NDArray[np.float32] | None:
+            return np.zeros(shape, np.float32) if self.settings.norms else None
+
+        return [
+            Routing(np.zeros(shape, np.uint16), np.zeros(shape, np.float32), zeros(), zeros())
+            for _ in self.layers
+        ]
+
+    def _forward(self, recorder: Recorder, windows: Sequence[Window]) -> list[Routing]:
+        """Routing of the windows' tokens, one window after the other."""
+        longest = max(len(window.ids) for window in windows)
+        ids = np.zeros((len(windows), longest), np.int64)
+        real = np.zeros((len(windows), longest), np.bool_)
+        for row, window in enumerate(windows):
+            ids[row, : len(window.ids)] = window.ids
+            real[row, : len(window.ids)] = True
+        device = self.model.device
+        mask = torch.from_numpy(real).to(device)
+        with torch.inference_mode():
+            # The base model, because nobody reads the logits here.
+            self.model.base_model(
+                input_ids=torch.from_numpy(ids).to(device),
+                attention_mask=mask.long(),
+                use_cache=False,
+            )
+        return recorder.take(mask.reshape(-1))
+
+    def vocabulary(self, samples: Sequence[Sample]) -> dict[int, str]:
+        """Text of every token id that occurs, by id."""
+        occurring = np.unique(np.concatenate([sample.ids for sample in samples]))
+        return {int(number): self._piece(int(number)) for number in occurring}
+
+    def _piece(self, number: int) -> str:
+        """Text of one token; a piece of a character is shown as the tokenizer names it."""
+        text = str(self.tokenizer.decode([number]))
+        name = str(self.tokenizer.convert_ids_to_tokens(number))
+        if "\ufffd" in text:
+            return name
+        # Sentence-piece tokenizers drop the space before a first token.
+        spaced = name.startswith("\u2581") and not text.startswith(" ")
+        return f" {text}" if spaced else text
+
+
+def _fill(layer: Routing, rows: NDArray[np.int64], routing: Routing) -> None:
+    """Writes a batch's rows into a layer's columns; fewer slots than columns leave zeros."""
+    for name in _FIELDS:
+        column, value = getattr(layer, name), getattr(routing, name)
+        if column is not None and value is not None:
+            column[rows, : value.shape[1]] = value

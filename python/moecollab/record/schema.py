@@ -1,0 +1,76 @@
+"""Columns and file names of recorded activations; the one place that knows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+
+from moecollab.errors import DataError, SchemaError
+
+KIND = "activations"
+VERSION = 1
+TOKENS = "tokens.parquet"
+SAMPLES = "samples.parquet"
+VOCABULARY = "vocabulary.parquet"
+TALLIES = "tallies.safetensors"
+ROW_GROUP = 65_536
+"""Rows in a row group: what a reader must hold at once."""
+
+TOKEN_COLUMNS: dict[str, pl.DataType] = {
+    "token": pl.UInt32(),
+    "sample": pl.UInt32(),
+    "position": pl.UInt32(),
+    "token_id": pl.UInt32(),
+}
+SAMPLE_COLUMNS: dict[str, pl.DataType] = {
+    "sample": pl.UInt32(),
+    "domain": pl.String(),
+    "n_tokens": pl.UInt32(),
+    "text_start": pl.String(),
+}
+VOCABULARY_COLUMNS: dict[str, pl.DataType] = {"token_id": pl.UInt32(), "text": pl.String()}
+
+
+def layer_file(layer: int) -> str:
+    """File name of one layer's table; `layer` is the model's own index."""
+    return f"layer-{layer:03d}.parquet"
+
+
+def layer_columns(top_k: int, *, norms: bool) -> dict[str, pl.DataType]:
+    """Columns of a layer's table."""
+    columns: dict[str, pl.DataType] = {
+        "token": pl.UInt32(),
+        "sample": pl.UInt32(),
+        "position": pl.UInt32(),
+        "expert": pl.Array(pl.UInt16(), top_k),
+        "weight": pl.Array(pl.Float32(), top_k),
+    }
+    if norms:
+        columns["norm"] = pl.Array(pl.Float32(), top_k)
+    return columns
+
+
+def write_table(table: pl.DataFrame, path: Path) -> None:
+    """Writes Parquet; the same table gives the same bytes."""
+    table.write_parquet(path, compression="zstd", row_group_size=ROW_GROUP)
+
+
+def check_table(path: Path, columns: dict[str, pl.DataType], n_rows: int | None = None) -> None:
+    """Raises unless a Parquet file is whole and has these columns and this many rows.
+
+    Only the footer is read.
+    """
+    try:
+        found = dict(pl.read_parquet_schema(path))
+        rows = pl.scan_parquet(path).select(pl.len()).collect().item()
+    except FileNotFoundError as cause:
+        raise DataError(f"{path} does not exist; record the activations again") from cause
+    except (pl.exceptions.PolarsError, OSError) as cause:
+        raise DataError(f"{path} is truncated or damaged; record the activations again") from cause
+    if found != columns:
+        wanted = ", ".join(f"{name} {dtype}" for name, dtype in columns.items())
+        got = ", ".join(f"{name} {dtype}" for name, dtype in found.items())
+        raise SchemaError(f"{path} has columns {got}; expected {wanted}: record again")
+    if n_rows is not None and rows != n_rows:
+        raise DataError(f"{path} has {rows} rows, expected {n_rows}; record the activations again")

@@ -1,0 +1,162 @@
+"""Finished pieces of a recording on disk, so that a killed run goes on where it stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from moecollab.errors import DataError
+from moecollab.manifest import MANIFEST, read_json, replace_folder, write_bytes, write_json
+from moecollab.record.schema import (
+    SAMPLE_COLUMNS,
+    SAMPLES,
+    TALLIES,
+    TOKEN_COLUMNS,
+    TOKENS,
+    VOCABULARY,
+    VOCABULARY_COLUMNS,
+    layer_columns,
+    layer_file,
+    write_table,
+)
+from moecollab.record.tallies import Tallies
+from moecollab.record.windows import Sample
+
+Arrays: TypeAlias = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ShardStore:
+    """The work folder of one recording: shards that are done and what they were made from.
+
+    Parameters
+    ----------
+    target : Path
+        Where the finished recording goes; the work folder lies beside it.
+    manifest : dict
+        Manifest of the recording. Shards of another manifest are thrown away.
+    """
+
+    target: Path
+    manifest: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """The work folder."""
+        return self.target.parent / f".{self.target.name}.partial"
+
+    def open(self) -> None:
+        """Keeps shards of a killed run with the same settings, and nothing else."""
+        note = self.folder / MANIFEST
+        try:
+            same = note.exists() and read_json(note) == self.manifest
+        except DataError:
+            same = False
+        if not same:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_json(note, self.manifest, overwrite=True)
+
+    def read(self, number: int, names: Sequence[str] | None = None) -> Arrays | None:
+        """Arrays of a shard, all or some, or None when it is not done or not readable."""
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                wanted = file.keys() if names is None else names
+                return {name: file.get_tensor(name) for name in wanted}
+        except (SafetensorError, OSError):
+            return None
+
+    def write(self, number: int, arrays: Arrays) -> None:
+        """Writes a shard whole or not at all."""
+        write_bytes(self._path(number), save(arrays), overwrite=True)
+
+    def close(self) -> None:
+        """Removes the work folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05d}.safetensors"
+
+
+def merge_shards(
+    store: ShardStore,
+    n_shards: int,
+    samples: Sequence[Sample],
+    tallies: Tallies,
+    vocabulary: dict[int, str],
+) -> None:
+    """Turns finished shards into the recording's folder and puts it in its place."""
+    folder = store.folder / "merged"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    model, norms = store.manifest["model"], bool(store.manifest["settings"]["norms"])
+    tokens = _token_table(samples)
+    write_table(tokens, folder / TOKENS)
+    write_table(_sample_table(samples), folder / SAMPLES)
+    words = {"token_id": list(vocabulary), "text": list(vocabulary.values())}
+    write_table(pl.DataFrame(words, schema=VOCABULARY_COLUMNS), folder / VOCABULARY)
+    columns = layer_columns(model["top_k"], norms=norms)
+    places = {name: tokens[name] for name in ("token", "sample", "position")}
+    for layer in model["layers"]:
+        found = _layer_arrays(store, n_shards, layer, norms=norms)
+        write_table(pl.DataFrame(places | found, schema=columns), folder / layer_file(layer))
+    tallies.save(folder / TALLIES)
+    write_json(folder / MANIFEST, store.manifest | {"corpus": _corpus_facts(samples, tallies)})
+    replace_folder(folder, store.target)
+    store.close()
+
+
+def _corpus_facts(samples: Sequence[Sample], tallies: Tallies) -> dict[str, Any]:
+    n_tokens = sum(len(sample.ids) for sample in samples)
+    return {"n_tokens": n_tokens, "n_samples": len(samples), "domains": list(tallies.domains)}
+
+
+def _layer_arrays(store: ShardStore, n_shards: int, layer: int, *, norms: bool) -> Arrays:
+    """One layer's columns over all shards, in order."""
+    names = ["expert", "weight", *(["norm"] if norms else [])]
+    parts = []
+    for number in range(n_shards):
+        arrays = store.read(number, [f"{name}.{layer}" for name in names])
+        if arrays is None:
+            raise DataError(
+                f"shard {number} of {store.folder} vanished while it was in use; run extract again"
+            )
+        parts.append(arrays)
+    return {name: np.concatenate([part[f"{name}.{layer}"] for part in parts]) for name in names}
+
+
+def _token_table(samples: Sequence[Sample]) -> pl.DataFrame:
+    """One row per token, in corpus order."""
+    lengths = np.array([len(sample.ids) for sample in samples])
+    n_tokens = int(lengths.sum())
+    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    token = np.arange(n_tokens)
+    columns = {
+        "token": token,
+        "sample": np.repeat(np.arange(len(samples)), lengths),
+        "position": token - first,
+        "token_id": np.concatenate([sample.ids for sample in samples]),
+    }
+    return pl.DataFrame(columns, schema=TOKEN_COLUMNS)
+
+
+def _sample_table(samples: Sequence[Sample]) -> pl.DataFrame:
+    columns = {
+        "sample": range(len(samples)),
+        "domain": [sample.document.domain for sample in samples],
+        "n_tokens": [len(sample.ids) for sample in samples],
+        "text_start": [sample.document.text.strip()[:80] for sample in samples],
+    }
+    return pl.DataFrame(columns, schema=SAMPLE_COLUMNS)

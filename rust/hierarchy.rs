@@ -1,0 +1,275 @@
+//! The whole fit: level by level, then all levels together.
+
+use crate::error::Result;
+use crate::level::{Level, Target};
+use crate::objective::{Terms, terms};
+use crate::params::ValidParams;
+use crate::pieces::{Pieces, pieces};
+use crate::rows::{Entry, Lists, Rows, transpose};
+use crate::stage::{Record, StopReason, Watcher, Workshop};
+use crate::update::Pull;
+
+/// Rounds of joint fine-tuning; the usage weights are refreshed before each.
+const JOINT_ROUNDS: usize = 2;
+
+/// Result of a fit.
+#[derive(Debug, Clone)]
+pub struct Fit {
+    /// Levels, coarse to fine; live atoms first, most used first.
+    pub levels: Vec<FittedLevel>,
+    /// Every iteration, then one record named `final` with the usage weights of the result.
+    pub history: Vec<Record>,
+    /// Why the fit ended.
+    pub stop: StopReason,
+}
+
+/// One level of the result.
+#[derive(Debug, Clone)]
+pub struct FittedLevel {
+    /// Atoms as sparse lists over sites, in [0, 1].
+    pub atoms: Vec<Vec<Entry>>,
+    /// For each row of the level above (level 1: each data row) its codes.
+    pub codes: Vec<Vec<Entry>>,
+    /// Largest code of each atom.
+    pub peak: Vec<f64>,
+    /// Total use of each atom over the data rows, through the levels above.
+    pub usage: Vec<f64>,
+}
+
+/// Fits the objective of [`crate::Params`] to rows; `watch` is told of every iteration.
+///
+/// # Errors
+/// The threads cannot be started.
+pub fn fit(rows: Rows, params: &ValidParams, watch: &mut Watcher) -> Result<Fit> {
+    let mut shop = Workshop::new(params, watch)?;
+    let weight = vec![1.0 / rows.len() as f64; rows.len()];
+    let nothing = rows.is_empty();
+    let mut levels: Vec<Level> = Vec::new();
+    let mut stop = if nothing {
+        StopReason::NothingToFit
+    } else {
+        StopReason::Tolerance
+    };
+    let mut target = Target::new(rows, weight);
+    for (at, &n_atoms) in params.atoms.iter().enumerate() {
+        let mut level = Level::empty(target, n_atoms);
+        if let Some(above) = levels.last() {
+            start_from_pieces(&mut level, &pieces(above, &shop.pool, n_atoms));
+        }
+        if matches!(stop, StopReason::Tolerance | StopReason::MaxIterations) {
+            stop = worse(stop, shop.fit_level(&mut level, at + 1));
+        }
+        target = next_target(&level);
+        levels.push(level);
+    }
+    if params.atoms.len() > 1 && matches!(stop, StopReason::Tolerance | StopReason::MaxIterations) {
+        stop = worse(stop, joint(&mut shop, &mut levels));
+    }
+    Ok(finish(shop, levels, stop))
+}
+
+/// Gives a level the pieces of the atoms above and codes every atom by its own.
+fn start_from_pieces(level: &mut Level, pieces: &Pieces) {
+    for (atom, members) in pieces.atoms.iter().enumerate() {
+        level.dictionary.set(atom, members.clone());
+    }
+    let code = |&index: &u32| Entry { index, value: 1.0 };
+    level.codes = pieces
+        .parts
+        .iter()
+        .map(|parts| parts.iter().map(code).collect())
+        .collect();
+    level.finer = true;
+    level.rescale();
+}
+
+/// The more serious of two reasons.
+fn worse(a: StopReason, b: StopReason) -> StopReason {
+    let rank = |reason| match reason {
+        StopReason::Tolerance => 0,
+        StopReason::MaxIterations => 1,
+        StopReason::Interrupted | StopReason::NothingToFit => 2,
+    };
+    if rank(b) > rank(a) { b } else { a }
+}
+
+/// Atoms of a level as rows for the next, weighted by use over the number of code columns.
+fn next_target(level: &Level) -> Target {
+    let rows = Rows::from_lists(level.dictionary.atoms(), level.dictionary.n_sites());
+    let n_columns = level.n_rows() as f64;
+    Target::new(
+        rows,
+        level
+            .usage()
+            .iter()
+            .map(|usage| usage / n_columns)
+            .collect(),
+    )
+}
+
+/// Fine-tunes all levels on the sum of their objectives.
+fn joint(shop: &mut Workshop, levels: &mut [Level]) -> StopReason {
+    let mut stop = StopReason::Tolerance;
+    for round in 1..=JOINT_ROUNDS {
+        refresh(levels);
+        let reached = joint_round(shop, levels, &format!("joint {round}"));
+        stop = worse(stop, reached);
+        if reached == StopReason::Interrupted {
+            break;
+        }
+    }
+    stop
+}
+
+fn joint_round(shop: &mut Workshop, levels: &mut [Level], stage: &str) -> StopReason {
+    let mut last = total(shop, levels).total;
+    for iteration in 1..=shop.params.max_iterations {
+        for at in 0..levels.len() {
+            let pull = (at + 1 < levels.len()).then(|| pull(&levels[at + 1]));
+            shop.improve_pulled(&mut levels[at], pull.as_ref());
+            if at + 1 < levels.len() {
+                let weight = std::mem::take(&mut levels[at + 1].target.weight);
+                levels[at + 1].target = Target {
+                    weight,
+                    ..next_target(&levels[at])
+                };
+            }
+        }
+        let now = total(shop, levels);
+        if !shop.note(stage, iteration, now) {
+            return StopReason::Interrupted;
+        }
+        if last - now.total <= shop.params.tolerance * last {
+            return StopReason::Tolerance;
+        }
+        last = now.total;
+    }
+    StopReason::MaxIterations
+}
+
+/// Takes the usage weights of the present codes; clears atoms that have lost all use.
+fn refresh(levels: &mut [Level]) {
+    for at in 0..levels.len() {
+        levels[at].tighten();
+        levels[at].clear_dead();
+        if at + 1 < levels.len() {
+            levels[at + 1].target = next_target(&levels[at]);
+        }
+    }
+}
+
+/// What the finer level makes of the coarser one's atoms, site by site.
+fn pull(finer: &Level) -> Pull {
+    let n_sites = finer.dictionary.n_sites();
+    let mut row = vec![0.0_f32; n_sites];
+    let rebuilt: Lists = finer
+        .codes
+        .iter()
+        .map(|codes| {
+            row.fill(0.0);
+            for code in codes {
+                for member in finer.dictionary.atom(code.index as usize) {
+                    row[member.index as usize] += code.value * member.value;
+                }
+            }
+            let filled = row.iter().enumerate().filter(|(_, value)| **value > 0.0);
+            filled
+                .map(|(site, &value)| Entry {
+                    index: site as u32,
+                    value,
+                })
+                .collect()
+        })
+        .collect();
+    Pull {
+        weight: finer.target.weight.clone(),
+        sites: transpose(&rebuilt, n_sites),
+    }
+}
+
+fn total(shop: &Workshop, levels: &[Level]) -> Terms {
+    let each = levels
+        .iter()
+        .map(|level| terms(level, &shop.pool, shop.lambda()));
+    each.fold(Terms::default(), Terms::plus)
+}
+
+/// Sorts atoms, refreshes the weights and writes the last record.
+fn finish(mut shop: Workshop, mut levels: Vec<Level>, stop: StopReason) -> Fit {
+    refresh(&mut levels);
+    for at in 0..levels.len() {
+        let order = by_usage(&levels[at]);
+        reorder(&mut levels[at], &order);
+        if at + 1 < levels.len() {
+            let codes = std::mem::take(&mut levels[at + 1].codes);
+            levels[at + 1].codes = order.iter().map(|&old| codes[old].clone()).collect();
+            levels[at + 1].target = next_target(&levels[at]);
+        }
+    }
+    let last = total(&shop, &levels);
+    shop.history.push(Record {
+        stage: "final".to_owned(),
+        iteration: 0,
+        terms: last,
+    });
+    let mut usage: Option<Vec<f64>> = None;
+    let levels = levels.into_iter().map(|level| {
+        let propagated = propagate(&level, usage.as_deref());
+        usage = Some(propagated.clone());
+        fitted(level, propagated)
+    });
+    Fit {
+        levels: levels.collect(),
+        history: shop.history,
+        stop,
+    }
+}
+
+/// Atoms, most used first; unused ones last, all else in the old order.
+fn by_usage(level: &Level) -> Vec<usize> {
+    let usage = level.usage();
+    let mut order: Vec<usize> = (0..usage.len()).collect();
+    order.sort_by(|&a, &b| usage[b].total_cmp(&usage[a]));
+    order
+}
+
+/// Puts atoms into a new order (`order[new]` is the old place).
+fn reorder(level: &mut Level, order: &[usize]) {
+    let mut place = vec![0_u32; order.len()];
+    for (new, &old) in order.iter().enumerate() {
+        place[old] = new as u32;
+    }
+    let atoms = order
+        .iter()
+        .map(|&old| level.dictionary.atom(old).to_vec())
+        .collect();
+    level.dictionary = crate::dictionary::Dictionary::from_atoms(atoms, level.dictionary.n_sites());
+    for row in &mut level.codes {
+        for code in row.iter_mut() {
+            code.index = place[code.index as usize];
+        }
+        row.sort_unstable_by_key(|code| code.index);
+    }
+    level.tighten();
+}
+
+/// Use of each atom over the data rows: codes times the use of the rows.
+fn propagate(level: &Level, above: Option<&[f64]>) -> Vec<f64> {
+    let mut usage = vec![0.0; level.n_atoms()];
+    for (row, codes) in level.codes.iter().enumerate() {
+        let factor = above.map_or(1.0, |above| above[row]);
+        for code in codes {
+            usage[code.index as usize] += factor * f64::from(code.value);
+        }
+    }
+    usage
+}
+
+fn fitted(level: Level, usage: Vec<f64>) -> FittedLevel {
+    FittedLevel {
+        peak: level.caps.iter().map(|&cap| f64::from(cap)).collect(),
+        atoms: level.dictionary.atoms().clone(),
+        codes: level.codes,
+        usage,
+    }
+}

@@ -1,0 +1,46 @@
+//! Arithmetic core of `moecollab`: hierarchical sparse dictionary learning of expert activations
+//! and the ranking of experts by their contribution to what was learned.
+//!
+//! Nothing here knows Python except `py`. All results are the same for any number of threads.
+
+#![deny(missing_docs)]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    clippy::cast_possible_wrap,
+    reason = "ids are checked to fit u32 when rows enter; counts are far below 2^52"
+)]
+#![allow(clippy::similar_names, reason = "plain short words are often alike")]
+
+mod caps;
+mod coding;
+mod contribution;
+mod dictionary;
+mod error;
+mod hierarchy;
+mod level;
+mod median;
+mod moves;
+mod objective;
+mod parallel;
+mod params;
+mod pieces;
+mod rng;
+mod rows;
+mod search;
+mod seeding;
+mod single;
+mod stage;
+mod update;
+
+#[cfg(feature = "python")]
+mod py;
+
+pub use contribution::{Ranking, rank_contributions};
+pub use error::{Error, Result};
+pub use hierarchy::{Fit, FittedLevel, fit};
+pub use objective::Terms;
+pub use params::{Params, ValidParams};
+pub use rows::{Entry, Rows};
+pub use stage::{Record, StopReason};

@@ -1,0 +1,69 @@
+//! The only door to threads: ordered maps and sums that do not depend on how many there are.
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+
+/// Items per chunk of a reduction; fixed, so that sums are the same for any number of threads.
+const CHUNK: usize = 512;
+
+/// A set of worker threads.
+///
+/// The caller's thread stays outside: signals are only seen there.
+pub(crate) struct Pool(rayon::ThreadPool);
+
+impl Pool {
+    /// Starts `threads` workers, one per processor if 0.
+    pub fn new(threads: usize) -> Result<Self> {
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        builder
+            .build()
+            .map(Self)
+            .map_err(|cause| Error::Threads(cause.to_string()))
+    }
+
+    /// `each(desk, i)` for i in 0..n, in order; `desk` is scratch memory of one worker.
+    pub fn map<D, T: Send>(
+        &self,
+        n: usize,
+        desk: impl Fn() -> D + Sync + Send,
+        each: impl Fn(&mut D, usize) -> T + Sync + Send,
+    ) -> Vec<T> {
+        if n < 2 {
+            let mut desk = desk();
+            return (0..n).map(|i| each(&mut desk, i)).collect();
+        }
+        let run = || (0..n).into_par_iter().map_init(&desk, &each).collect();
+        self.0.install(run)
+    }
+
+    /// Sum of `each(desk, i)` over 0..n, by fixed chunks added in order.
+    pub fn sum<D>(
+        &self,
+        n: usize,
+        desk: impl Fn() -> D + Sync + Send,
+        each: impl Fn(&mut D, usize) -> f64 + Sync + Send,
+    ) -> f64 {
+        let chunks = self.map(n.div_ceil(CHUNK), desk, |desk, chunk| {
+            let range = chunk * CHUNK..((chunk + 1) * CHUNK).min(n);
+            range.map(|i| each(desk, i)).sum::<f64>()
+        });
+        chunks.into_iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_do_not_depend_on_threads() {
+        let sum = |threads| {
+            let pool = Pool::new(threads).unwrap();
+            pool.sum(10_001, || (), |(), i| 1.0 / (i as f64 + 0.3))
+                .to_bits()
+        };
+        assert_eq!(sum(1), sum(2));
+        assert_eq!(sum(1), sum(7));
+    }
+}

@@ -1,0 +1,147 @@
+//! `fit_dictionary`: the fit with a Python callback for progress and interruption.
+
+use numpy::PyArray1;
+use pyo3::exceptions::PyKeyboardInterrupt;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyList, PyTuple};
+
+use crate::hierarchy::{Fit, FittedLevel, fit};
+use crate::params::Params;
+use crate::py::{arrays, errors};
+use crate::rows::Rows;
+use crate::stage::Record;
+
+/// Settings as Python passes them.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct Settings {
+    atoms: Vec<usize>,
+    sparsity: f64,
+    reconstruction: f64,
+    max_iterations: usize,
+    tolerance: f64,
+    seed: u64,
+    threads: usize,
+}
+
+impl From<Settings> for Params {
+    fn from(from: Settings) -> Self {
+        Self {
+            atoms: from.atoms,
+            sparsity: from.sparsity,
+            reconstruction: from.reconstruction,
+            max_iterations: from.max_iterations,
+            tolerance: from.tolerance,
+            seed: from.seed,
+            threads: from.threads,
+        }
+    }
+}
+
+/// Pointers, sites and values of sparse rows.
+type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+
+/// Fits levels of atoms to sparse rows; `watch` is called with each history record.
+#[pyfunction]
+pub(crate) fn fit_dictionary<'py>(
+    py: Python<'py>,
+    rows: &Bound<'py, PyTuple>,
+    n_sites: usize,
+    settings: Settings,
+    watch: &Bound<'py, PyAny>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let core = |error| errors::to_python(py, &error);
+    let rows = checked(rows, n_sites)?;
+    let params = Params::from(settings).check().map_err(core)?;
+    let watch = watch.clone().unbind();
+    let mut failure = None;
+    let result = py.detach(|| {
+        fit(
+            rows,
+            &params,
+            &mut |record: &Record| match tell(&watch, record) {
+                Ok(go_on) => go_on,
+                Err(error) => {
+                    failure = Some(error);
+                    false
+                }
+            },
+        )
+    });
+    match failure {
+        Some(error) => Err(error),
+        None => plain(py, &result.map_err(core)?, n_sites),
+    }
+}
+
+fn checked(rows: &Bound<PyTuple>, n_sites: usize) -> PyResult<Rows> {
+    let (indptr, sites, values): Arrays = rows.extract()?;
+    let pointers = arrays::array::<i64>(&indptr, "indptr")?;
+    let sites = arrays::array::<u32>(&sites, "sites")?;
+    let values = arrays::array::<f32>(&values, "values")?;
+    let pointers_view = arrays::view(&pointers, "indptr", 1)?;
+    let sites_view = arrays::view(&sites, "sites", 1)?;
+    let values_view = arrays::view(&values, "values", 1)?;
+    Rows::new(pointers_view, sites_view, values_view, n_sites)
+        .map_err(|error| errors::to_python(rows.py(), &error))
+}
+
+/// Shows a record; false when the user has pressed Ctrl-C.
+fn tell(watch: &Py<PyAny>, record: &Record) -> PyResult<bool> {
+    Python::attach(|py| {
+        let told = watch
+            .call1(py, (row(py, record)?,))
+            .and_then(|_| py.check_signals());
+        match told {
+            Err(error) if error.is_instance_of::<PyKeyboardInterrupt>(py) => Ok(false),
+            Err(error) => Err(error),
+            Ok(()) => Ok(true),
+        }
+    })
+}
+
+fn row<'py>(py: Python<'py>, record: &Record) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    out.set_item("stage", &record.stage)?;
+    out.set_item("iteration", record.iteration)?;
+    out.set_item("dictionary_size", record.terms.dictionary_size)?;
+    out.set_item("sparsity", record.terms.sparsity)?;
+    out.set_item("reconstruction", record.terms.reconstruction)?;
+    out.set_item("total", record.terms.total)?;
+    Ok(out)
+}
+
+fn plain<'py>(py: Python<'py>, fit: &Fit, n_sites: usize) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    let history = fit.history.iter().map(|record| row(py, record));
+    out.set_item(
+        "history",
+        PyList::new(py, history.collect::<PyResult<Vec<_>>>()?)?,
+    )?;
+    out.set_item("stop_reason", fit.stop.words())?;
+    let levels = fit
+        .levels
+        .iter()
+        .map(|level| plain_level(py, level, n_sites));
+    out.set_item(
+        "levels",
+        PyList::new(py, levels.collect::<PyResult<Vec<_>>>()?)?,
+    )?;
+    Ok(out)
+}
+
+fn plain_level<'py>(
+    py: Python<'py>,
+    level: &FittedLevel,
+    n_sites: usize,
+) -> PyResult<Bound<'py, PyDict>> {
+    let out = PyDict::new(py);
+    out.set_item("atoms", arrays::dense(py, &level.atoms, n_sites)?)?;
+    out.set_item("usage", PyArray1::from_slice(py, &level.usage))?;
+    out.set_item("peak", PyArray1::from_slice(py, &level.peak))?;
+    let (indptr, atom, value) = arrays::compressed(py, &level.codes);
+    out.set_item("indptr", indptr)?;
+    out.set_item("atom", atom)?;
+    out.set_item("value", value)?;
+    Ok(out)
+}

@@ -1,0 +1,43 @@
+//! The Python module `_core`: arrays in, plain dictionaries of arrays out.
+
+mod arrays;
+mod errors;
+mod fitting;
+
+use numpy::PyArray1;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::contribution::rank_contributions;
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::caep_ranking;
+    #[pymodule_export]
+    use super::fitting::fit_dictionary;
+}
+
+/// When each site falls in CAEP's loop, and what it contributed just before.
+#[pyfunction]
+fn caep_ranking<'py>(
+    py: Python<'py>,
+    atoms: &Bound<'py, PyAny>,
+    usage: &Bound<'py, PyAny>,
+    peak: &Bound<'py, PyAny>,
+    threshold_fraction: f64,
+) -> PyResult<Bound<'py, PyDict>> {
+    let atoms = arrays::array::<f32>(atoms, "atoms")?;
+    let usage = arrays::array::<f64>(usage, "usage")?;
+    let peak = arrays::array::<f64>(peak, "peak")?;
+    let usage_view = arrays::view(&usage, "usage", 1)?;
+    let peak_view = arrays::view(&peak, "peak", 1)?;
+    let atoms_view = arrays::view(&atoms, "atoms", 2)?;
+    let ranking = py
+        .detach(|| rank_contributions(atoms_view, usage_view, peak_view, threshold_fraction))
+        .map_err(|error| errors::to_python(py, &error))?;
+    let out = PyDict::new(py);
+    out.set_item("step", PyArray1::from_vec(py, ranking.step))?;
+    out.set_item("contribution", PyArray1::from_vec(py, ranking.contribution))?;
+    Ok(out)
+}

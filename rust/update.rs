@@ -1,0 +1,172 @@
+//! Dictionary update: every site's entries by exact weighted medians over the rows.
+//!
+//! Given the codes, sites are independent. An entry that is zero can only rise if more than half of
+//! its atom's weighted use falls on rows where the site still has something to explain, so only
+//! those are tried.
+
+use crate::dictionary::Dictionary;
+use crate::level::Level;
+use crate::median::{Point, quantile};
+use crate::parallel::Pool;
+use crate::rows::{Entry, Lists};
+
+const SWEEPS: usize = 6;
+/// Residuals and steps below this count as zero.
+const FLAT: f32 = 1e-6;
+
+/// The pull of a finer level on this level's atoms: its reconstruction of them.
+pub(crate) struct Pull {
+    /// Weight of each atom, `u / N` of the objective.
+    pub weight: Vec<f64>,
+    /// For each site the reconstructed entries, sorted by atom.
+    pub sites: Lists,
+}
+
+struct Desk {
+    residual: Vec<f32>,
+    score: Vec<f64>,
+    points: Vec<Point>,
+}
+
+struct Update<'a> {
+    level: &'a Level,
+    users: Lists,
+    /// Weighted use of each atom, the pull's weight included.
+    mass: Vec<f64>,
+    pull: Option<&'a Pull>,
+}
+
+/// Replaces the dictionary by a better one for the same codes.
+pub(crate) fn update(level: &mut Level, pool: &Pool, pull: Option<&Pull>) {
+    let users = level.users();
+    let used = |rows: &Vec<Entry>| -> f64 {
+        rows.iter()
+            .map(|e| level.target.weight[e.index as usize] * f64::from(e.value))
+            .sum()
+    };
+    let mut mass: Vec<f64> = users.iter().map(used).collect();
+    if let Some(pull) = pull {
+        mass.iter_mut()
+            .zip(&pull.weight)
+            .for_each(|(mass, weight)| *mass += weight);
+    }
+    let update = Update {
+        level,
+        users,
+        mass,
+        pull,
+    };
+    let (n_rows, n_atoms) = (level.n_rows(), level.n_atoms());
+    let desk = || Desk {
+        residual: vec![0.0; n_rows],
+        score: vec![0.0; n_atoms],
+        points: vec![],
+    };
+    let sites = pool.map(level.dictionary.n_sites(), desk, |desk, site| {
+        update.site(desk, site)
+    });
+    level.dictionary = Dictionary::from_sites(sites, n_atoms);
+}
+
+impl Update<'_> {
+    /// The new entries of one site, sorted by atom.
+    fn site(&self, desk: &mut Desk, site: usize) -> Vec<Entry> {
+        self.load(desk, site);
+        let mut entries = self.candidates(desk, site);
+        for _ in 0..SWEEPS {
+            let mut moved = false;
+            for entry in &mut entries {
+                let value = self.line(desk, site, *entry);
+                let step = value - entry.value;
+                if step.abs() > FLAT {
+                    for user in &self.users[entry.index as usize] {
+                        desk.residual[user.index as usize] -= step * user.value;
+                    }
+                    entry.value = value;
+                    moved = true;
+                }
+            }
+            if !moved || entries.len() < 2 {
+                break;
+            }
+        }
+        entries.retain(|entry| entry.value > 0.0);
+        entries
+    }
+
+    fn load(&self, desk: &mut Desk, site: usize) {
+        desk.residual.fill(0.0);
+        for entry in self.level.target.columns.row(site) {
+            desk.residual[entry.index as usize] = entry.value;
+        }
+        for entry in self.level.dictionary.at(site) {
+            for user in &self.users[entry.index as usize] {
+                desk.residual[user.index as usize] -= entry.value * user.value;
+            }
+        }
+    }
+
+    /// Present entries, and absent ones that would rise, sorted by atom.
+    fn candidates(&self, desk: &mut Desk, site: usize) -> Vec<Entry> {
+        let mut entries = self.level.dictionary.at(site).to_vec();
+        desk.score.fill(0.0);
+        for entry in self.level.target.columns.row(site) {
+            let row = entry.index as usize;
+            if desk.residual[row] <= FLAT {
+                continue;
+            }
+            for code in &self.level.codes[row] {
+                desk.score[code.index as usize] +=
+                    self.level.target.weight[row] * f64::from(code.value);
+            }
+        }
+        if let Some(pull) = self.pull {
+            for entry in &pull.sites[site] {
+                desk.score[entry.index as usize] += pull.weight[entry.index as usize];
+            }
+        }
+        for (atom, &score) in desk.score.iter().enumerate() {
+            if score > 0.5 * self.mass[atom] && score > 0.0 {
+                let index = atom as u32;
+                if let Err(at) = entries.binary_search_by_key(&index, |entry| entry.index) {
+                    entries.insert(at, Entry { index, value: 0.0 });
+                }
+            }
+        }
+        entries
+    }
+
+    /// The best value of one entry, all others fixed; the smallest one if there are several.
+    fn line(&self, desk: &mut Desk, site: usize, entry: Entry) -> f32 {
+        let atom = entry.index as usize;
+        desk.points.clear();
+        for user in &self.users[atom] {
+            let row = user.index as usize;
+            let weight = (self.level.target.weight[row] * f64::from(user.value)) as f32;
+            let rest = desk.residual[row] + entry.value * user.value;
+            desk.points.push(Point {
+                at: rest / user.value,
+                weight,
+            });
+        }
+        if let Some(pull) = self.pull {
+            let found = pull.sites[site].binary_search_by_key(&entry.index, |entry| entry.index);
+            let at = found.map_or(0.0, |at| pull.sites[site][at].value);
+            desk.points.push(Point {
+                at,
+                weight: pull.weight[atom] as f32,
+            });
+        }
+        let mass: f64 = desk
+            .points
+            .iter()
+            .map(|point| f64::from(point.weight))
+            .sum();
+        let best = quantile(&mut desk.points, 0.5 * mass);
+        if best.is_finite() {
+            best.clamp(0.0, 1.0)
+        } else {
+            0.0
+        }
+    }
+}

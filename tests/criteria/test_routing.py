@@ -1,0 +1,52 @@
+"""Criteria that read the router, on a table computed by hand."""
+
+import numpy as np
+import pytest
+from synthetic import Recorded
+
+from moecollab.criteria.scoring import score
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Two layers, three tokens, top 2 of 3 experts; one slot of layer 3 is unused."""
+    return Recorded(
+        expert=np.array([[[0, 1], [0, 2], [1, 0]], [[2, 1], [2, 0], [2, 1]]], dtype=np.uint16),
+        weight=np.array(
+            [[[0.75, 0.25], [0.5, 0.5], [0.625, 0.375]], [[1, 0], [0.5, 0.25], [2, 1]]],
+            dtype=np.float32,
+        ),
+        norm=np.array([[[2, 4], [6, 8], [1, 3]], [[1, 9], [2, 4], [3, 5]]], dtype=np.float32),
+        sample=np.array([0, 0, 1]),
+        n_experts=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def small(table, tmp_path_factory):
+    return table.save(tmp_path_factory.mktemp("small") / "a")
+
+
+def test_frequency_counts_tokens(small):
+    assert score("frequency", small).values.tolist() == [[3, 2, 1], [1, 1, 3]]
+
+
+def test_gate_sum_adds_weights(small):
+    found = score("gate_sum", small)
+    assert found.values.tolist() == [[1.625, 0.875, 0.5], [0.25, 1, 3.5]]
+
+
+def test_reap_is_the_mean_of_weight_times_norm(small):
+    expected = [
+        [(0.75 * 2 + 0.5 * 6 + 0.375 * 3) / 3, (0.25 * 4 + 0.625 * 1) / 2, 0.5 * 8],
+        [0.25 * 4, 1.0 * 5, (1 * 1 + 0.5 * 2 + 2 * 3) / 3],
+    ]
+    np.testing.assert_allclose(score("reap", small).values, expected, rtol=1e-12)
+
+
+def test_random_depends_on_the_seed_alone(small):
+    first, same, other = (score("random", small, seed=seed).values for seed in (1, 1, 2))
+    assert (first == same).all()
+    assert (first != other).all()
+    assert (first >= 0).all()
+    assert (first < 1).all()

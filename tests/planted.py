@@ -1,0 +1,46 @@
+"""Rows made of known groups of experts."""
+
+import numpy as np
+
+from moecollab.record.rows import Rows
+
+
+def planted(n_rows=400, n_layers=6, n_experts=16, n_groups=24, *, noise=0.0, seed=0):
+    """Rows of one to three groups each, groups of two to five experts in different layers.
+
+    Returns the dense rows (n_rows, n_sites) and the groups as 0/1 rows.
+    """
+    rng = np.random.default_rng(seed)
+    groups = np.zeros((n_groups, n_layers * n_experts), np.float32)
+    for group in groups:
+        layers = rng.choice(n_layers, rng.integers(2, min(6, n_layers + 1)), replace=False)
+        group[layers * n_experts + rng.integers(0, n_experts, len(layers))] = 1
+    x = np.zeros((n_rows, groups.shape[1]), np.float32)
+    for row in x:
+        for group in rng.choice(n_groups, rng.integers(1, 4), replace=False):
+            row += groups[group] * np.float32(rng.uniform(0.5, 1.0))
+    stray = rng.random(x.shape) < noise
+    x[stray] += rng.uniform(0.05, 0.3, stray.sum()).astype(np.float32)
+    return x, groups
+
+
+def as_rows(x):
+    """Dense rows as sparse ones."""
+    row, site = np.nonzero(x)
+    indptr = np.concatenate(([0], np.cumsum((x > 0).sum(axis=1)))).astype(np.int64)
+    sample = np.arange(len(x), dtype=np.uint32)
+    values = np.ascontiguousarray(x[row, site], dtype=np.float32)
+    return Rows(indptr, site.astype(np.uint32), values, sample, x.shape[1])
+
+
+def dense_codes(codes, n_atoms):
+    """Sparse codes as an array of shape (n_rows, n_atoms)."""
+    out = np.zeros((codes.n_rows, n_atoms), np.float32)
+    out[np.repeat(np.arange(codes.n_rows), np.diff(codes.indptr)), codes.atom] = codes.value
+    return out
+
+
+def found_share(atoms, groups):
+    """Fraction of groups whose members are exactly those of an atom at threshold 0.5."""
+    sets = {tuple(np.flatnonzero(atom >= 0.5)) for atom in atoms}
+    return np.mean([tuple(np.flatnonzero(group)) in sets for group in groups])

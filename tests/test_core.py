@@ -1,0 +1,126 @@
+"""The Rust core through its boundary, against slow twins."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import moecollab
+from moecollab import _core
+from moecollab.errors import DataError, SettingsError, ShapeError
+from planted import as_rows, planted
+from reference import caep as slow_caep
+
+SETTINGS = {
+    "atoms": [8],
+    "sparsity": 1.0,
+    "reconstruction": 100.0,
+    "max_iterations": 5,
+    "tolerance": 1e-3,
+    "seed": 0,
+    "threads": 1,
+}
+
+
+def fit(x, watch=lambda row: None, **changes):
+    rows = as_rows(x)
+    arrays = (rows.indptr, rows.sites, rows.values)
+    return _core.fit_dictionary(arrays, x.shape[1], SETTINGS | changes, watch)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 20), st.floats(0.01, 1.0))
+def test_caep_equals_its_loop(seed, n_atoms, n_sites, fraction):
+    rng = np.random.default_rng(seed)
+    # Quarters add up exactly, so that order of summation cannot matter.
+    atoms = (rng.integers(0, 5, (n_atoms, n_sites)) / 4).astype(np.float32)
+    usage = rng.integers(0, 6, n_atoms).astype(np.float64)
+    peak = rng.choice([0.0, 0.01, 0.5, 1.0], n_atoms)
+    step, contribution = slow_caep(atoms.astype(np.float64), usage, peak, fraction)
+    found = _core.caep_ranking(atoms, usage, peak, fraction)
+    assert found["step"].dtype == np.int64
+    assert found["step"].tolist() == step.tolist()
+    assert found["contribution"].tolist() == contribution.tolist()
+
+
+def test_caep_refuses_what_does_not_fit():
+    atoms, ones = np.ones((2, 3), np.float32), np.ones(2)
+    with pytest.raises(ShapeError, match="atoms is float64; pass a numpy array of float32"):
+        _core.caep_ranking(atoms.astype(np.float64), ones, ones, 0.5)
+    with pytest.raises(ShapeError, match="atoms is not C-contiguous"):
+        _core.caep_ranking(np.asfortranarray(atoms), ones, ones, 0.5)
+    with pytest.raises(ShapeError, match=r"atoms has shape \[3\]; pass an array with 2 axes"):
+        _core.caep_ranking(atoms[0], ones, ones, 0.5)
+    with pytest.raises(ShapeError, match="peak has length 1, expected 2"):
+        _core.caep_ranking(atoms, ones, ones[:1], 0.5)
+    with pytest.raises(ShapeError, match="usage is a list; pass a numpy array of float64"):
+        _core.caep_ranking(atoms, [1.0, 1.0], ones, 0.5)
+    with pytest.raises(SettingsError, match=r"threshold_fraction is '1\.5'"):
+        _core.caep_ranking(atoms, ones, ones, 1.5)
+    with pytest.raises(DataError, match="usage holds NaN at position 1"):
+        _core.caep_ranking(atoms, np.array([1.0, np.nan]), ones, 0.5)
+    with pytest.raises(DataError, match="atoms is empty"):
+        _core.caep_ranking(atoms[:0], ones[:0], ones[:0], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("atoms", []),
+        ("atoms", [4, 0]),
+        ("sparsity", -1.0),
+        ("reconstruction", 0.0),
+        ("tolerance", float("nan")),
+        ("max_iterations", 0),
+    ],
+)
+def test_fit_refuses_settings_out_of_range(name, value):
+    with pytest.raises(SettingsError, match=f"{name} is"):
+        fit(np.ones((2, 3), np.float32), **{name: value})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
+def test_fit_refuses_bad_values(bad):
+    arrays = (np.array([0, 1]), np.zeros(1, np.uint32), np.array([bad], np.float32))
+    with pytest.raises(DataError, match=r"values holds .* at position 0; it must be finite and"):
+        _core.fit_dictionary(arrays, 3, SETTINGS, print)
+
+
+def test_fit_refuses_broken_rows():
+    empty = (np.zeros(1, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
+    with pytest.raises(DataError, match="rows is empty; record some text first"):
+        _core.fit_dictionary(empty, 3, SETTINGS, print)
+    twice = (np.array([0, 2]), np.zeros(2, np.uint32), np.ones(2, np.float32))
+    with pytest.raises(DataError, match="sites holds 0 at position 1"):
+        _core.fit_dictionary(twice, 3, SETTINGS, print)
+    short = (np.array([0, 2]), np.zeros(1, np.uint32), np.ones(1, np.float32))
+    with pytest.raises(ShapeError, match="sites has length 1, expected 2"):
+        _core.fit_dictionary(short, 3, SETTINGS, print)
+
+
+def test_an_exception_while_watching_is_passed_on():
+    x, _ = planted(n_rows=50)
+
+    def fail(row):
+        raise RuntimeError("no room on the screen")
+
+    with pytest.raises(RuntimeError, match="no room on the screen"):
+        fit(x, fail)
+
+
+def test_the_watcher_sees_the_history():
+    x, _ = planted(n_rows=50)
+    seen = []
+    found = fit(x, seen.append)
+    assert seen == found["history"][:-1]
+    assert found["history"][-1]["stage"] == "final"
+
+
+def test_stub_names_what_the_module_holds():
+    stub = Path(moecollab.__file__).with_name("_core.pyi")
+    names = {
+        node.name for node in ast.parse(stub.read_text()).body if isinstance(node, ast.FunctionDef)
+    }
+    assert names == {name for name in dir(_core) if not name.startswith("_")}

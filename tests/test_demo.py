@@ -1,0 +1,104 @@
+"""The demo end to end: its files, its determinism and the truth of its report's numbers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import moecollab as mc
+from moecollab.demo import MODEL, read_questions
+from moecollab.demo.demo import CRITERIA, DROPS
+from moecollab.demo.text import DOMAINS
+
+REPRODUCIBLE = ("activations", "collaboration", "scores", "plans", "plan.json")
+
+
+def run_demo(out: Path, threads: int) -> Path:
+    command = [sys.executable, "-m", "moecollab", "demo", "--out", out, "--threads", str(threads)]
+    done = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "report.html" in done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return run_demo(tmp_path_factory.mktemp("demo") / "two", threads=2)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for name in REPRODUCIBLE:
+        path = folder / name
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
+
+
+@pytest.mark.slow
+def test_every_intermediate_file_is_left(demo):
+    for name in (*REPRODUCIBLE, "calibration.jsonl", "held_out.jsonl", "pruned", "report.html"):
+        assert (demo / name).exists(), name
+    plans = {f"{c}-{round(100 * d)}" for c in CRITERIA for d in DROPS}
+    assert {p.stem for p in (demo / "plans").iterdir()} == plans
+    assert {p.stem for p in (demo / "evaluations").iterdir()} == plans | {"full"}
+
+
+@pytest.mark.slow
+def test_thread_count_does_not_change_a_byte(demo, tmp_path):
+    assert files(run_demo(tmp_path / "one", threads=1)) == files(demo)
+
+
+@pytest.mark.slow
+def test_pruned_checkpoint_costs_what_its_mask_cost(demo):
+    masked = mc.load_evaluation(demo / "evaluations" / "caep-25.json")
+    again = mc.evaluate(demo / "pruned", corpus=demo / "held_out.jsonl")
+    assert again.loss == pytest.approx(masked.loss, abs=1e-5)
+    config = json.loads((demo / "pruned" / "config.json").read_text())
+    assert config["num_experts"] == 18
+
+
+@pytest.mark.slow
+def test_dropping_hurts_and_random_hurts_most_at_half(demo):
+    loss = {p.stem: mc.load_evaluation(p).loss for p in (demo / "evaluations").iterdir()}
+    for name, value in loss.items():
+        assert name == "full" or value > loss["full"]
+    assert loss["random-50"] > loss["random-25"]
+
+
+def test_questions_cover_every_subject_once():
+    subjects = [subject for group in DOMAINS.values() for subject in group]
+    assert len(subjects) == len(set(subjects)) == 57
+    calibration, held_out = read_questions()
+    assert len({d["domain"] for d in calibration}) >= 5
+    assert not {d["text"] for d in calibration} & {d["text"] for d in held_out}
+    assert {d["domain"] for d in held_out} == set(DOMAINS)
+
+
+def test_the_card_shows_that_the_model_is_worth_looking_at():
+    card = json.loads((MODEL / "card.json").read_text())
+    assert card["tokens_seen"] >= 15_000_000
+    assert np.mean(card["loss_random_half_dropped"]) - card["loss"] >= 0.15
+    domains = pl.DataFrame(card["domains"])
+    assert (domains["loss"] < domains["entropy"] - 1).all()
+    assert all(row["mean"] > 0.03 for row in card["divergence"])
+    assert (MODEL / "model.safetensors").stat().st_size <= 10_000_000
+    assert any(row["hit10"] > 0.5 for row in card["facts"])
+
+
+def test_the_shipped_model_has_the_loss_its_card_gives(tmp_path):
+    """A cheap guard that weights and card belong together: questions cost what they cost."""
+    _, held_out = read_questions()
+    found = mc.evaluate(MODEL, corpus=held_out[:10])
+    assert 1.0 < found.loss < 5.5

@@ -1,0 +1,190 @@
+"""Finding MoE layers in every family, and the errors for other models."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from moecollab.errors import DataError, SettingsError, UnsupportedModelError
+from moecollab.models.keep import Keep
+from moecollab.models.layout import BUILT_IN, Layout
+from moecollab.models.masked import Mask
+from moecollab.models.registry import families, layout_of, register_layout, unregister_layout
+from moecollab.models.routing import Call, find_moe_layers, takes_routing
+from moecollab.pruning.pruning import prune
+from moecollab.record.recorder import Recorder
+
+SHARED = Path(os.environ.get("MOECOLLAB_SHARED", Path(__file__).parents[2] / "shared"))
+ZOO = SHARED / "tools" / "zoo.py"
+
+
+def test_layers_of_each_family(family):
+    layers = find_moe_layers(models.build(family))
+    dense_first = family in ("qwen3_moe", "deepseek_v3")
+    assert [layer.layer for layer in layers] == ([1, 2] if dense_first else [0, 1, 2])
+    assert {(layer.n_experts, layer.top_k) for layer in layers} == {(models.N_EXPERTS, 2)}
+    assert all(takes_routing(layer.experts) for layer in layers)
+
+
+def test_dense_model_has_its_own_error():
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is a dense model: it has no"):
+        find_moe_layers(models.build_dense())
+
+
+def test_known_family_without_moe_layers_is_dense():
+    with pytest.raises(UnsupportedModelError, match="is a dense model"):
+        find_moe_layers(models.build("qwen3_moe", mlp_only_layers=[0, 1, 2]))
+
+
+def test_unknown_family_lists_the_known_and_how_to_add_one():
+    model = models.build("mixtral")
+    model.config.model_type = "brand_new"
+    with pytest.raises(UnsupportedModelError) as caught:
+        find_moe_layers(model)
+    message = str(caught.value)
+    assert "MixtralForCausalLM (model_type 'brand_new')" in message
+    assert all(family in message for family in families())
+    assert "register_layout" in message
+
+
+def test_module_without_a_config():
+    with pytest.raises(DataError, match="Linear has no config; pass a transformers model"):
+        find_moe_layers(nn.Linear(2, 2))
+
+
+class ListedExperts(nn.ModuleList):
+    """A container as a user's own model may have it: a list, called with the routing."""
+
+    def forward(self, hidden, ids, weights):
+        total = torch.zeros_like(hidden)
+        for number, expert in enumerate(self):
+            weight = (weights * (ids == number)).sum(dim=1, keepdim=True)
+            total = total + weight * expert(hidden)
+        return total
+
+
+def listed_model():
+    model = models.build("mixtral")
+    model.config.model_type = "my_moe"
+    torch.manual_seed(5)
+    for layer in model.model.layers:
+        layer.mlp.experts = ListedExperts(nn.Linear(32, 32) for _ in range(models.N_EXPERTS))
+    return model
+
+
+@pytest.fixture
+def my_family():
+    register_layout(Layout(family="my_moe", count="num_local_experts", rows=("gate.weight",)))
+    yield
+    unregister_layout("my_moe")
+
+
+def test_user_family_with_a_list_of_experts(my_family, token_ids, logits):
+    model = listed_model()
+    full = logits(model, token_ids)
+    layers = find_moe_layers(model)
+    with Recorder(layers, norms=True) as recorder:
+        torch.testing.assert_close(logits(model, token_ids), full, rtol=0, atol=1e-5)
+        recorder.take(torch.ones(24, dtype=torch.bool))
+    keep = Keep({layer.layer: (0, 2, 3, 7) for layer in layers}, models.N_EXPERTS, 2)
+    with Mask(model, keep):
+        masked = logits(model, token_ids)
+    kept = model.model.layers[0].mlp.experts[7]
+    prune(model, keep)
+    assert model.model.layers[0].mlp.experts[3] is kept
+    assert torch.equal(logits(model, token_ids), masked)
+    assert not torch.equal(masked, full)
+
+
+def test_registering_twice(my_family):
+    with pytest.raises(SettingsError, match="a family without a layout, or pass replace=True"):
+        register_layout(Layout(family="my_moe", count="num_experts"))
+    register_layout(Layout(family="my_moe", count="num_experts"), replace=True)
+
+
+def test_unregistering_brings_the_built_in_back():
+    register_layout(Layout(family="mixtral", count="other"), replace=True)
+    unregister_layout("mixtral")
+    assert find_moe_layers(models.build("mixtral"))[0].layout is BUILT_IN["mixtral"]
+
+
+def test_layout_without_a_count():
+    with pytest.raises(SettingsError, match="count is ''; it must be given in a layout"):
+        Layout(family="x", count="")
+
+
+def test_arguments_are_told_apart_by_dtype():
+    hidden, ids, weights = torch.ones(3, 4), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+    call = Call.read((hidden,), {"routing_weights": weights, "router_indices": ids})
+    assert call.hidden is hidden
+    assert call.ids is ids
+    assert call.weights is weights
+    other = call.with_values(None, ids + 1, None)
+    assert other.kwargs["router_indices"].unique().item() == 1
+    assert call.kwargs["router_indices"] is ids
+
+
+def test_call_without_ids():
+    with pytest.raises(UnsupportedModelError, match="0 integer and 2 floating tensors"):
+        Call.read((torch.ones(2, 2), torch.ones(2, 2)), {})
+
+
+def zoo_module():
+    spec = importlib.util.spec_from_file_location("zoo", ZOO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not ZOO.exists(), reason="needs the shared models")
+def test_every_known_family():
+    zoo = zoo_module()
+    torch.set_num_threads(1)
+    seen, failed = set(), {}
+    for name in zoo.ZOO:
+        try:
+            seen.add(layout_of(zoo.make_config(name).model_type, name).family)
+        except UnsupportedModelError:
+            continue
+        try:
+            check_family(zoo, name)
+        except Exception as error:  # noqa: BLE001 (all families are tried, then shown together)
+            failed[name] = repr(error)
+    assert not failed
+    # `step3p7` is the name of the whole model, whose text part is called otherwise.
+    assert set(BUILT_IN) - seen <= {"step3p7"}
+
+
+def check_family(zoo, name):
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    with torch.inference_mode():
+        full = zoo.out_logits(model(**inputs)).clone()
+        layers = find_moe_layers(model)
+        for norms in (False, True):
+            with Recorder(layers, norms=norms) as recorder:
+                again = zoo.out_logits(model(**inputs))
+                torch.testing.assert_close(again, full, rtol=0, atol=1e-5)
+                recorder.take(torch.ones(24, dtype=torch.bool))
+        if layers[0].layout.fixed:
+            return
+        keep = zoo_keep(layers)
+        with Mask(model, keep):
+            masked = zoo.out_logits(model(**inputs)).clone()
+        assert torch.equal(zoo.out_logits(model(**inputs)), full)
+        pruned = zoo.out_logits(prune(model, keep)(**inputs))
+        torch.testing.assert_close(pruned, masked, rtol=0, atol=1e-5)
+
+
+def zoo_keep(layers):
+    """Two of eight experts go; with four groups of two, none can."""
+    groups = getattr(layers[0].router, "num_group", None) or 1
+    limited = groups > 1 and getattr(layers[0].router, "topk_method", "") != "greedy"
+    gone = set() if limited and groups == 4 else {1, 4}
+    kept = tuple(expert for expert in range(layers[0].n_experts) if expert not in gone)
+    return Keep({layer.layer: kept for layer in layers}, layers[0].n_experts, layers[0].top_k)

@@ -1,0 +1,127 @@
+"""Opening models: what is wrong is said in one sentence."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import models
+from moecollab.errors import DataError, SettingsError, UnsupportedModelError
+from moecollab.models.loading import digest_model, load_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model's folder that may be damaged."""
+    return models.save("mixtral", tmp_path / "model")
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_path_gives_model_and_tokenizer(model_folder):
+    model, tokenizer = load_model(model_folder)
+    assert not model.training
+    assert tokenizer("a")["input_ids"]
+    assert model.dtype == torch.float32
+
+
+def test_dtype(model_folder):
+    assert load_model(model_folder, "bfloat16")[0].dtype == torch.bfloat16
+    with pytest.raises(SettingsError, match="dtype is 'int4'; it must be one of auto, float32"):
+        load_model(model_folder, "int4")
+
+
+def test_folder_without_tokenizer(tmp_path):
+    models.build("mixtral").save_pretrained(tmp_path)
+    assert load_model(tmp_path)[1] is None
+
+
+def test_loaded_model_is_returned():
+    model = models.build("mixtral").train()
+    assert load_model(model)[0] is model
+    assert not model.training
+
+
+def test_dense_model(tmp_path):
+    models.build_dense().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is a dense model"):
+        load_model(tmp_path)
+
+
+def test_dense_model_where_it_may_be(tmp_path):
+    models.build_dense().save_pretrained(tmp_path)
+    assert load_model(tmp_path, moe=False)[0].config.model_type == "llama"
+    assert load_model(models.build_dense(), moe=False)[0].config.model_type == "llama"
+
+
+def test_unreachable_name():
+    with pytest.raises(DataError, match=r"no-one/no-model cannot be loaded as a model: .*; give a"):
+        load_model("no-one/no-model")
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(DataError, match=r"holds no config\.json; give the folder of"):
+        load_model(tmp_path)
+
+
+def test_truncated_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"are truncated or damaged .*; download or"):
+        load_model(folder)
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"cannot be loaded as a model: .* no file named"):
+        load_model(folder)
+
+
+def test_pickled_weights_are_not_read(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match="cannot be loaded as a model"):
+        load_model(folder)
+
+
+def test_missing_weight(folder):
+    edit_weights(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(DataError, match=r"lacks the weight model\.norm\.weight; the checkpoint is"):
+        load_model(folder)
+
+
+def test_config_with_another_count(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_local_experts": 6}))
+    with pytest.raises(DataError, match="cannot be loaded as a model"):
+        load_model(folder)
+
+
+def test_nan_weight_is_named(folder):
+    def spoil(tensors):
+        name = next(name for name in tensors if "layers.2" in name and "experts.5" in name)
+        tensors[name][0, 0] = torch.nan
+
+    edit_weights(folder, spoil)
+    with pytest.raises(DataError, match=r"weight model\.layers\.2\.mlp\.experts\.\w+ holds NaN"):
+        load_model(folder)
+
+
+def test_large_weights_are_no_error():
+    model = models.build("mixtral")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    assert load_model(model)[0] is model
+
+
+def test_digest_of_a_model():
+    digest = digest_model(models.build("mixtral"))
+    assert digest == digest_model(models.build("mixtral"))
+    others = [models.build("mixtral", seed=1), models.build("mixtral", rms_norm_eps=1e-3)]
+    assert len({digest, *map(digest_model, others)}) == 3

@@ -1,0 +1,169 @@
+"""A smaller checkpoint: loads in stock transformers and computes the same."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import models
+from moecollab.errors import OutputExistsError, PlanError
+from moecollab.models.keep import Keep
+from moecollab.models.routing import find_moe_layers
+from moecollab.pruning import pruning
+from moecollab.pruning.planning import Plan
+from moecollab.pruning.pruning import prune
+from moecollab.record.extraction import extract
+
+
+def plan_for(model, *kept, scores=None):
+    layers = find_moe_layers(model)
+    chosen = {layer.layer: kept[i % len(kept)] for i, layer in enumerate(layers)}
+    return Plan(
+        keep=chosen,
+        n_experts=layers[0].n_experts,
+        top_k=layers[0].top_k,
+        criterion="frequency",
+        drop=0.25,
+        per="layer",
+        scores=scores,
+    )
+
+
+def test_reload_in_stock_transformers(family, tmp_path, token_ids, logits):
+    base = models.save(family, tmp_path / "base")
+    plan = plan_for(models.build(family), (0, 2, 3, 5, 6, 7))
+    pruned = prune(base, plan, out=tmp_path / "small")
+    expected = logits(pruned, token_ids)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(logits(model.eval(), token_ids), expected, rtol=0, atol=1e-5)
+    layers = find_moe_layers(model)
+    assert {layer.n_experts for layer in layers} == {6}
+    words = AutoTokenizer.from_pretrained(tmp_path / "small")
+    assert words("a writ")["input_ids"] == models.build_tokenizer()("a writ")["input_ids"]
+    note = json.loads((tmp_path / "small" / "moecollab.json").read_text())
+    assert note["kind"] == "pruned model"
+    assert note["experts"]["keep"][str(layers[0].layer)] == [0, 2, 3, 5, 6, 7]
+
+
+def test_kept_experts_are_the_same_in_the_same_order(family):
+    model, whole = models.build(family), models.build(family)
+    kept = (1, 4, 6)
+    prune(model, plan_for(whole, kept))
+    for cut, full in zip(find_moe_layers(model), find_moe_layers(whole), strict=True):
+        for name in ("gate_up_proj", "down_proj"):
+            before, after = getattr(full.experts, name), getattr(cut.experts, name)
+            assert torch.equal(after, before[list(kept)])
+            assert isinstance(after, torch.nn.Parameter)
+        assert torch.equal(cut.router.weight, full.router.weight[list(kept)])
+        bias = getattr(cut.router, "e_score_correction_bias", None)
+        if bias is not None:
+            assert torch.equal(bias, full.router.e_score_correction_bias[list(kept)])
+        assert cut.router.num_experts == cut.experts.num_experts == 3
+
+
+def test_dropping_nothing_is_the_identity(family, tmp_path, token_ids, logits):
+    base = models.save(family, tmp_path / "base")
+    whole = AutoModelForCausalLM.from_pretrained(base).eval()
+    pruned = prune(base, plan_for(whole, tuple(range(8))), out=tmp_path / "same")
+    assert torch.equal(logits(pruned, token_ids), logits(whole, token_ids))
+    before, after = whole.state_dict(), pruned.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    weights = "model.safetensors"
+    assert (base / weights).read_bytes() == (tmp_path / "same" / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("qwen3_moe", ("num_experts", "num_local_experts")),
+        ("mixtral", ("num_experts", "num_local_experts")),
+        ("qwen2_moe", ("num_experts",)),
+        ("deepseek_v3", ("n_routed_experts", "num_local_experts")),
+    ],
+)
+def test_count_stands_under_every_name(family, names, tmp_path):
+    base = models.save(family, tmp_path / "base")
+    prune(base, plan_for(models.build(family), (0, 1, 2, 3, 5)), out=tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert {name: config[name] for name in names} == dict.fromkeys(names, 5)
+
+
+def test_plan_with_other_counts_says_what_to_do(tmp_path):
+    model = models.build("mixtral")
+    with pytest.raises(PlanError) as caught:
+        prune(model, plan_for(model, (0, 1, 2), (0, 1)), out=tmp_path / "small")
+    assert str(caught.value) == (
+        "layer 1 keeps 2 experts and layer 0 keeps 3, but a checkpoint has one number for all "
+        "layers; mask the model instead, or pass equalise=True"
+    )
+    assert not (tmp_path / "small").exists()
+    assert find_moe_layers(model)[0].n_experts == 8
+
+
+def test_equalise(tmp_path):
+    model = models.build("mixtral")
+    scores = torch.arange(24, dtype=torch.float64).reshape(3, 8).numpy()
+    plan = plan_for(model, (0, 1, 2, 3), (0, 1), (2, 3, 4), scores=scores)
+    plan.save(tmp_path / "plan.json")
+    pruned = prune(model, tmp_path / "plan.json", equalise=True)
+    assert {layer.n_experts for layer in find_moe_layers(pruned)} == {3}
+
+
+def test_groups_with_unequal_numbers():
+    model = models.build("deepseek_v3", n_group=2, topk_group=1)
+    with pytest.raises(PlanError, match=r"layer 1 keeps \[4, 2\] experts in its 2 router groups"):
+        prune(model, plan_for(model, (0, 1, 2, 3, 4, 5)))
+    assert find_moe_layers(model)[0].n_experts == 8
+
+
+def test_plan_of_another_model():
+    with pytest.raises(PlanError, match="make the plan from activations of this model"):
+        prune(models.build("mixtral"), plan_for(models.build("qwen3_moe"), (0, 1, 2)))
+
+
+def test_existing_output(tmp_path):
+    model = models.build("mixtral")
+    with pytest.raises(OutputExistsError):
+        prune(model, plan_for(model, (0, 1, 2)), out=tmp_path)
+    assert find_moe_layers(model)[0].n_experts == 8
+
+
+def test_failed_cut_changes_nothing(token_ids, logits, monkeypatch):
+    model = models.build("mixtral")
+    before = logits(model, token_ids)
+    cut, calls = pruning.slice_experts, []
+
+    def fails_at_the_second(layer, kept):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise MemoryError
+        return cut(layer, kept)
+
+    monkeypatch.setattr(pruning, "slice_experts", fails_at_the_second)
+    with pytest.raises(MemoryError):
+        prune(model, plan_for(model, (0, 1, 2)))
+    assert torch.equal(logits(model, token_ids), before)
+
+
+def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    model = models.build("mixtral")
+
+    def fails(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pruning, "_write_aliases", fails)
+    with pytest.raises(OSError, match="disk full"):
+        prune(model, plan_for(model, (0, 1, 2)), out=tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pruned_model_can_be_recorded_and_pruned_again(tmp_path, texts):
+    base = models.save("olmoe", tmp_path / "base")
+    prune(base, plan_for(models.build("olmoe"), (0, 1, 2, 5, 7)), out=tmp_path / "small")
+    acts = extract(tmp_path / "small", texts, out=tmp_path / "acts")
+    assert (acts.n_experts, acts.top_k) == (5, 2)
+    again = Keep(dict.fromkeys(range(3), (0, 4)), 5, 2)
+    smaller = prune(tmp_path / "small", again, out=tmp_path / "smaller")
+    assert find_moe_layers(smaller)[0].n_experts == 2

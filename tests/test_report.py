@@ -1,0 +1,423 @@
+"""The report: its numbers are those of the files, its text is escaped, missing parts are said."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import polars as pl
+import pytest
+from safetensors.numpy import load_file
+
+from moecollab.errors import DataError, MissingInputError, OutputExistsError, StaleInputError
+from moecollab.evaluation.comparison import compare
+from moecollab.evaluation.evaluation import Evaluation, load_evaluation
+from moecollab.pruning.planning import load_plan
+from moecollab.report import numbers
+from moecollab.report.costs import costs_of
+from moecollab.report.expert_use import ExpertUse
+from moecollab.report.findings import cost_findings
+from moecollab.report.history import fit_history
+from moecollab.report.numbers import Ledger
+from moecollab.report.page import report
+from moecollab.report.pattern_cards import best_window
+from report_run import CRITERIA, DOMAINS, LAYERS, N_EXPERTS, TOP_K, write_activations, write_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("report") / "run")
+
+
+@pytest.fixture(scope="module")
+def html(run):
+    return report(run / "report.html", run=run).read_text()
+
+
+class Numbers(HTMLParser):
+    """The block of numbers of a page, and every printed number with its name and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.printed, self.block, self._in = [], "", None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "data":
+            self._in = (attrs["data-key"], float(attrs["value"]))
+        elif tag == "script" and attrs.get("id") == "numbers":
+            self._in = "block"
+
+    def handle_data(self, data):
+        if self._in == "block":
+            self.block += data
+        elif self._in is not None:
+            self.printed.append((*self._in, data))
+
+    def handle_endtag(self, tag):
+        if tag in ("data", "script"):
+            self._in = None
+
+
+def shares(weight):
+    return weight / weight.sum(axis=-1, keepdims=True)
+
+
+def expected_use(run):
+    """What the page should say of the recording, from its files."""
+    sums = load_file(run / "activations" / "tallies.safetensors")
+    overall, inside = shares(sums["sum_weight"].sum(axis=0)), shares(sums["sum_weight"])
+    mixed = inside.mean(axis=0)
+
+    def entropy(p):
+        return -(p * np.log(np.where(p > 0, p, 1))).sum(axis=-1)
+
+    divergence = (entropy(mixed) - entropy(inside).mean(axis=0)) / np.log(len(DOMAINS))
+    busiest = np.sort(overall.ravel())[::-1][: round(0.1 * overall.size)].sum() / overall.sum()
+    found = {
+        "run.n_layers": len(LAYERS),
+        "run.n_experts": N_EXPERTS,
+        "run.top_k": TOP_K,
+        "run.n_tokens": pl.read_parquet(run / "activations" / "tokens.parquet").height,
+        "run.n_samples": pl.read_parquet(run / "activations" / "samples.parquet").height,
+        "run.n_domains": len(DOMAINS),
+        "use.even_share": 1 / N_EXPERTS,
+        "use.busiest_tenth": busiest,
+        "use.most_divergent_layer": LAYERS[int(divergence.argmax())],
+    }
+    found |= {f"use.divergence.{layer}": x for layer, x in zip(LAYERS, divergence, strict=True)}
+    return found, overall
+
+
+def expected_drops(run, overall):
+    """What it should say of the plan, from the plan's and the scores' files."""
+    plan = json.loads((run / "plan.json").read_text())
+    scores = pl.read_parquet(run / "scores" / "caep-25.parquet")
+    found, gone, lost = {"plan.n_sites": overall.size, "plan.drop": 0.25}, 0, 0.0
+    for layer, expert, score in scores.select("layer", "expert", "score").iter_rows():
+        if expert in plan["keep"][str(layer)]:
+            continue
+        use = overall[LAYERS.index(layer), expert]
+        found |= {
+            f"dropped.{layer}.{expert}.score": score,
+            f"dropped.{layer}.{expert}.use": use,
+        }
+        gone, lost = gone + 1, lost + use
+    return found | {"plan.n_dropped": gone, "drops.use_lost": lost / overall.sum()}
+
+
+def expected_costs(run):
+    """What it should say of losses, from the evaluations' files."""
+    tables = {
+        path.stem: json.loads(path.read_text()) for path in (run / "evaluations").glob("*.json")
+    }
+    loss = {
+        name: sum(table["documents"]["nll"]) / sum(table["documents"]["tokens"])
+        for name, table in tables.items()
+    }
+    full = tables["full"]["documents"]
+    found = {
+        "cost.full.loss": loss["full"],
+        "cost.documents": len(full["nll"]),
+        "cost.tokens": sum(full["tokens"]),
+    }
+    for name in set(tables) - {"full"}:
+        found[f"cost.{name}.drop"] = int(name[-2:]) / 100
+        found[f"cost.{name}.loss"] = loss[name]
+        found[f"cost.{name}.difference"] = loss[name] - loss["full"]
+    for ours in ("caep-25", "caep-50"):
+        for other in CRITERIA:
+            name = f"{other}-{ours[-2:]}"
+            found[f"gap.{ours}.{name}.difference"] = loss[ours] - loss[name]
+    return found
+
+
+def expected_patterns(run):
+    """What it should say of patterns, from the collaboration's files."""
+    arrays = load_file(run / "collaboration" / "atoms.safetensors")
+    history = json.loads((run / "collaboration" / "history.json").read_text())
+    rows = history["history"] if isinstance(history, dict) else history
+    found = {"fit.objective": rows[-1]["total"]}
+    for level in (1, 2):
+        atoms, usage, peak = (arrays[f"level{level}.{name}"] for name in ("atoms", "usage", "peak"))
+        live = peak > 0
+        found |= {f"patterns.{level}.live": live.sum(), f"patterns.{level}.atoms": len(atoms)}
+        found[f"patterns.{level}.joined"] = ((atoms[live] >= 0.5).sum(axis=1) > 1).sum()
+        for atom in np.flatnonzero(live):
+            member = atoms[atom].reshape(len(LAYERS), N_EXPERTS) >= 0.5
+            key = f"patterns.{level}.{atom}"
+            found[f"{key}.usage"] = usage[atom] / usage[live].sum()
+            found[f"{key}.n_members"] = member.sum()
+            found[f"{key}.n_layers"] = member.any(axis=1).sum()
+    return found
+
+
+def test_every_number_equals_the_files_beside_the_page(run, html):
+    page = Numbers(html)
+    block = json.loads(page.block)
+    use, overall = expected_use(run)
+    expected = use | expected_drops(run, overall) | expected_costs(run) | expected_patterns(run)
+    by_other_tests = re.compile(r".*\.(low|high|top_lift)|patterns\.\d\.\d+\.domain\..*")
+    unknown = {key for key in block if key not in expected and not by_other_tests.fullmatch(key)}
+    assert unknown == set()
+    for key in set(block) & set(expected):
+        assert block[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-9), key
+    assert len(set(block) & set(expected)) > 60
+    for key, value, text in page.printed:
+        assert block[key] == value, key
+        assert text.strip(), key
+
+
+def test_printed_text_is_the_number_rounded(html):
+    for key, value, text in Numbers(html).printed:
+        digits = re.sub(r"[^\d.\-]", "", text.replace("−", "-"))
+        shown = float(digits) / (100 if "%" in text else 1)
+        slack = 0.5 * 10.0 ** -len(digits.partition(".")[2]) / (100 if "%" in text else 1)
+        if "<" not in text:
+            assert abs(shown - value) <= slack * 1.01 + 1e-12, (key, value, text)
+
+
+def test_intervals_are_those_of_compare(run, html):
+    block = json.loads(Numbers(html).block)
+    found = {path.stem: load_evaluation(path) for path in (run / "evaluations").glob("*.json")}
+    for row in compare(found).filter(pl.col("domain") == "all").iter_rows(named=True):
+        if row["model"] != "full":
+            assert block[f"cost.{row['model']}.low"] == row["difference_low"]
+            assert block[f"cost.{row['model']}.high"] == row["difference_high"]
+    pair = compare({name: found[name] for name in ("caep-25", "random-25")}, baseline="random-25")
+    row = pair.filter((pl.col("model") == "caep-25") & (pl.col("domain") == "all"))
+    assert block["gap.caep-25.random-25.low"] == row["difference_low"].item()
+
+
+def test_domain_shares_of_a_group_add_up(run, html):
+    block = json.loads(Numbers(html).block)
+    acts = pl.read_parquet(run / "activations" / "samples.parquet")
+    tokens = dict(acts.group_by("domain").agg(pl.col("n_tokens").sum()).iter_rows())
+    for level in (1, 2):
+        atoms = {
+            key.split(".")[2] for key in block if f"patterns.{level}." in key and ".dom" in key
+        }
+        assert atoms
+        part = {name: count / sum(tokens.values()) for name, count in tokens.items()}
+        for atom in atoms:
+            key = f"patterns.{level}.{atom}"
+            lift = {name: block.get(f"{key}.domain.{name}", 0.0) for name in DOMAINS}
+            assert sum(lift[name] * part[name] for name in DOMAINS) == pytest.approx(1, abs=1e-6)
+            assert block.get(f"{key}.top_lift", max(lift.values())) == max(lift.values())
+
+
+def test_corpus_text_is_escaped_everywhere(html):
+    assert "<script>alert" not in html
+    assert "<b>law" not in html
+    assert "&lt;b&gt;law" in html
+    assert "models/<tiny>" not in html
+
+
+def test_page_asks_nobody_for_anything(html):
+    own = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!#)[^"'\s>]+""", own)
+    assert "@import" not in own
+    assert "url(" not in own
+    assert "default-src 'none'" in own
+
+
+def test_page_is_the_same_every_time(run, html, tmp_path):
+    assert report(tmp_path / "again.html", run=run).read_text() == html
+
+
+def test_objects_and_paths_give_the_same_page(run, html, tmp_path):
+    page = report(
+        tmp_path / "given.html",
+        activations=run / "activations",
+        collaboration=str(run / "collaboration"),
+        scores=sorted((run / "scores").glob("*.parquet")),
+        plan=load_plan(run / "plan.json"),
+        evaluations={p.stem: load_evaluation(p) for p in sorted((run / "evaluations").iterdir())},
+    )
+    assert page.read_text() == html
+
+
+def test_a_page_is_not_replaced_unasked(run, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"report\.html exists"):
+        report(page, run=run)
+    assert page.read_text() == "mine"
+    report(page, evaluations=run / "evaluations", overwrite=True)
+    assert "What it cost" in page.read_text()
+
+
+def test_missing_parts_are_said(run, tmp_path):
+    text = report(tmp_path / "a.html", activations=run / "activations").read_text()
+    assert "Give activations and a collaboration" in text
+    assert "Give a plan" in text
+    assert "Give evaluations" in text
+    text = report(tmp_path / "b.html", evaluations=run / "evaluations").read_text()
+    assert "Give activations (the folder that" in text
+    assert 'id="fig-cost"' in text
+    text = report(tmp_path / "c.html", plan=run / "plan.json").read_text()
+    assert 'id="fig-scores"' in text
+    text = report(tmp_path / "d.html", collaboration=run / "collaboration").read_text()
+    assert "Give activations and a collaboration" in text
+
+
+def test_nothing_to_show_is_an_error(tmp_path):
+    with pytest.raises(MissingInputError, match="nothing to report; give"):
+        report(tmp_path / "report.html")
+    with pytest.raises(MissingInputError, match="nothing to report"):
+        report(tmp_path / "report.html", run=tmp_path)
+    with pytest.raises(DataError, match="is not a folder"):
+        report(tmp_path / "report.html", run=tmp_path / "none")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_another_recording_are_refused(run, tmp_path):
+    plan = replace(load_plan(run / "plan.json"), activations="feedfeedfeedfeed")
+    with pytest.raises(StaleInputError, match="the plan was made from activations feedfeed"):
+        report(tmp_path / "report.html", activations=run / "activations", plan=plan)
+
+
+def test_the_same_text_is_called_out(run, tmp_path):
+    full = load_evaluation(run / "evaluations" / "full.json")
+    about = dict(full.about) | {"inputs": {"corpus": "calibration-text"}}
+    same = {
+        "full": evaluation("full", full.documents, about),
+        "caep-25": evaluation("caep-25", full.documents, about),
+    }
+    page = report(tmp_path / "r.html", activations=run / "activations", evaluations=same)
+    assert "texts that the plan was made from, so the costs look smaller" in page.read_text()
+
+
+def evaluation(name, documents, about):
+    return Evaluation(name=name, model="m", documents=documents, about=about)
+
+
+def losses(values, domain="a"):
+    table = {
+        "document": [str(i) for i in range(len(values))],
+        "domain": [domain] * len(values),
+        "tokens": [10] * len(values),
+        "nll": [10.0 * value for value in values],
+    }
+    return pl.DataFrame(table)
+
+
+def found_sentences(named):
+    found = {name: evaluation(name, losses(values), {"seed": 0}) for name, values in named.items()}
+    costs = costs_of(found)
+    return [str(one) for one in cost_findings(costs, found, Ledger())]
+
+
+def test_findings_say_when_caep_is_not_the_best():
+    (said,) = found_sentences(
+        {"full": [1, 2], "caep-25": [1.3, 2.3], "reap-25": [1.1, 2.1], "random-25": [1.5, 2.5]}
+    )
+    assert "CAEP is not the best here: REAP costs" in said
+    assert ">0.300</data></b> nats per token" in said
+
+
+def test_findings_say_when_caep_is_the_best_and_when_it_may_be_chance():
+    (said,) = found_sentences(
+        {"full": [1, 2], "caep-50": [1.1, 2.1], "reap-50": [1.2, 2.2], "random-50": [1.0, 2.3]}
+    )
+    assert "No other criterion tried costs less." in said
+    assert "CAEP − random" in said
+    assert "CAEP − REAP" in said
+    assert "may be chance" in said
+
+
+def test_one_document_has_no_interval():
+    (said,) = found_sentences({"full": [1], "caep-25": [1.3], "random-25": [1.5]})
+    assert "so no interval" in said
+
+
+def test_costs_without_a_full_model_are_not_shown():
+    found = {name: evaluation(name, losses([1, 2]), {}) for name in ("caep-25", "reap-25")}
+    assert costs_of(found) is None
+
+
+def test_seeds_keep_their_names_and_the_middle_one_speaks():
+    values = {"full": 1.0, "caep-25-seed0": 1.3, "caep-25-seed1": 1.1, "caep-25-seed2": 1.2}
+    found = {name: evaluation(name, losses([x, x]), {}) for name, x in values.items()}
+    costs = costs_of(found)
+    assert [cost.short for cost in costs.overall] == [
+        "CAEP · seed1",
+        "CAEP · seed2",
+        "CAEP · seed0",
+    ]
+    assert costs.of("caep", 0.25).name == "caep-25-seed2"
+
+
+def test_use_by_hand():
+    """Two domains that share no expert diverge fully; those that route alike do not at all."""
+    inside = np.array([[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.5, 0.5]]])
+    use = ExpertUse(
+        layers=(3, 7),
+        domains=("a", "b"),
+        overall=inside.mean(axis=0),
+        by_domain=inside,
+        counts=np.array([[50, 50], [50, 3]]),
+    )
+    assert use.divergence == pytest.approx([1.0, 0.0])
+    assert use.leaning.tolist() == [[0, 1], [0, -1]]
+    assert use.lift[0].tolist() == [[2.0, 0.0], [1.0, 0.0]]
+
+
+def test_the_objective_is_the_sum_of_its_terms_in_every_round(run):
+    history = json.loads((run / "collaboration" / "history.json").read_text())["history"]
+    settings = json.loads((run / "collaboration" / "manifest.json").read_text())["settings"]
+    found = fit_history(history, settings)
+    total, *terms = (curve.values for curve in found.curves)
+    assert len(found.stages) > 1
+    assert found.stages[0][0] == found.rounds[0] == 1
+    for at, whole in enumerate(total):
+        if found.rounds[at] is None:
+            assert whole is None
+        else:
+            assert whole == pytest.approx(sum(term[at] for term in terms), rel=1e-6)
+
+
+def test_best_window_stays_in_its_sample():
+    strength = np.zeros(120)
+    strength[55:65] = 1.0
+    sample = np.repeat(np.array([0, 1], dtype=np.uint32), 60)
+    strength[59] = 0.5
+    window = best_window(strength, sample)
+    assert window.start >= 60 or window.stop <= 60
+    assert strength[window].sum() == 5.0
+
+
+@pytest.mark.parametrize(
+    ("write", "value", "text"),
+    [
+        (numbers.percent, 0.25, "25\u202f%"),
+        (numbers.percent, 0.1234, "12.3\u202f%"),
+        (numbers.percent, 0.00004, "<\u202f0.01\u202f%"),
+        (numbers.percent, 0.0, "0\u202f%"),
+        (numbers.signed, 0.1234, "+0.123"),
+        (numbers.signed, -0.1234, "−0.123"),
+        (numbers.signed, -0.00004, "0.000"),
+        (numbers.whole, 1234567, "1,234,567"),
+        (numbers.ratio, 2.44, "2.4×"),
+        (numbers.ratio, 24.4, "24×"),
+        (numbers.four_digits, 0.000123456, "0.0001235"),
+    ],
+)
+def test_numbers_as_people_write_them(write, value, text):
+    assert write(value) == text
+
+
+def test_one_name_cannot_stand_for_two_numbers():
+    ledger = Ledger()
+    ledger.count("a", 1)
+    ledger.count("a", 1)
+    with pytest.raises(ValueError, match="give each number one name"):
+        ledger.count("a", 2)
+
+
+def test_activations_alone_need_no_patterns(tmp_path):
+    acts = write_activations(tmp_path / "acts")
+    page = report(tmp_path / "r.html", activations=acts, title="A & <b>")
+    assert "<title>A &amp; &lt;b&gt;</title>" in page.read_text()
