@@ -273,3 +273,99 @@ fn fitted(level: Level, usage: Vec<f64>) -> FittedLevel {
         usage,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::params::Params;
+    use proptest::prelude::*;
+
+    /// Rows of a few fixed groups with strays.
+    fn rows(picks: &[(u8, u8, u8)]) -> Rows {
+        let lists: Lists = picks
+            .iter()
+            .map(|&(group, scale, stray)| {
+                let mut row = [0.0_f32; 12];
+                for site in 0..3 {
+                    row[usize::from(group % 4) * 3 + site] = f32::from(scale) / 4.0;
+                }
+                row[usize::from(stray % 12)] += 0.25;
+                let filled = row
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, v)| **v > 0.0 && scale > 0);
+                filled
+                    .map(|(i, &value)| Entry {
+                        index: i as u32,
+                        value,
+                    })
+                    .collect()
+            })
+            .collect();
+        Rows::from_lists(&lists, 12)
+    }
+
+    fn params(threads: usize, sparsity: f64) -> ValidParams {
+        let (max_iterations, tolerance, seed) = (20, 1e-4, 3);
+        let (atoms, reconstruction) = (vec![6, 8], 30.0);
+        let all = Params {
+            atoms,
+            sparsity,
+            reconstruction,
+            max_iterations,
+            tolerance,
+            seed,
+            threads,
+        };
+        all.check().unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn descends_within_its_box_for_any_number_of_threads(
+            picks in prop::collection::vec((0_u8..4, 0_u8..5, 0_u8..40), 2..60),
+            sparsity in prop::sample::select(vec![0.0, 0.3, 30.0]),
+        ) {
+            let fitted = |threads| fit(rows(&picks), &params(threads, sparsity), &mut |_| true);
+            let one = fitted(1).unwrap();
+            for pair in one.history.windows(2).filter(|pair| pair[0].stage == pair[1].stage) {
+                prop_assert!(pair[1].terms.total <= pair[0].terms.total * (1.0 + 1e-6));
+            }
+            for level in &one.levels {
+                let inside = |entry: &Entry| entry.value > 0.0 && entry.value <= 1.0;
+                prop_assert!(level.atoms.iter().flatten().all(inside));
+                prop_assert!(level.codes.iter().flatten().all(|code| code.value > 0.0));
+            }
+            for (row, codes) in one.levels[0].codes.iter().enumerate() {
+                prop_assert!(!rows(&picks).row(row).is_empty() || codes.is_empty());
+            }
+            let three = fitted(3).unwrap();
+            prop_assert_eq!(&one.history, &three.history);
+            for (a, b) in one.levels.iter().zip(&three.levels) {
+                prop_assert_eq!((&a.atoms, &a.codes), (&b.atoms, &b.codes));
+            }
+        }
+    }
+
+    #[test]
+    fn stops_when_told() {
+        let picks = vec![(0, 4, 1), (1, 4, 5), (0, 3, 7), (2, 2, 9)];
+        let stopped = fit(rows(&picks), &params(1, 0.1), &mut |_| false).unwrap();
+        assert_eq!(stopped.stop, StopReason::Interrupted);
+        assert_eq!((stopped.levels.len(), stopped.history.len()), (2, 2));
+    }
+
+    #[test]
+    fn nothing_to_fit() {
+        let found = fit(rows(&[(0, 0, 0); 5]), &params(1, 0.1), &mut |_| true).unwrap();
+        assert_eq!(found.stop, StopReason::NothingToFit);
+        assert!(
+            found
+                .levels
+                .iter()
+                .all(|level| level.atoms.iter().all(Vec::is_empty))
+        );
+    }
+}

@@ -170,3 +170,71 @@ impl Update<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::level::Target;
+    use crate::objective::terms;
+    use crate::params::Lambda;
+    use crate::rows::Rows;
+    use proptest::prelude::*;
+
+    const SITES: usize = 5;
+    const ATOMS: usize = 3;
+
+    fn lists(dense: &[Vec<u8>], scale: f32) -> Lists {
+        let row = |row: &Vec<u8>| {
+            let all = row.iter().enumerate().filter(|(_, v)| **v > 0);
+            all.map(|(i, &v)| Entry {
+                index: i as u32,
+                value: f32::from(v) * scale,
+            })
+            .collect()
+        };
+        dense.iter().map(row).collect()
+    }
+
+    fn level(x: &[Vec<u8>], atoms: &[Vec<u8>], codes: &[Vec<u8>]) -> Level {
+        let rows = Rows::from_lists(&lists(x, 0.25), SITES);
+        let weight = vec![1.0 / x.len() as f64; x.len()];
+        let mut level = Level::empty(Target::new(rows, weight), ATOMS);
+        level.dictionary = Dictionary::from_atoms(lists(atoms, 0.25), SITES);
+        level.codes = lists(codes, 0.5);
+        level.tighten();
+        level
+    }
+
+    fn matrix(rows: usize, columns: usize, levels: u8) -> impl Strategy<Value = Vec<Vec<u8>>> {
+        prop::collection::vec(prop::collection::vec(0..levels, columns), rows)
+    }
+
+    proptest! {
+        #[test]
+        fn lowers_the_error_until_no_entry_can_be_improved(
+            x in matrix(7, SITES, 6), atoms in matrix(ATOMS, SITES, 5), codes in matrix(7, ATOMS, 3)
+        ) {
+            let pool = Pool::new(1).unwrap();
+            let error = |level: &Level| {
+                let lambda = Lambda { sparsity: 0.0, reconstruction: 1.0 };
+                terms(level, &pool, lambda).reconstruction
+            };
+            let mut level = level(&x, &atoms, &codes);
+            let mut last = error(&level);
+            for _ in 0..12 {
+                update(&mut level, &pool, None);
+                prop_assert!(error(&level) <= last + 1e-6);
+                last = error(&level);
+            }
+            for (atom, site) in (0..ATOMS).flat_map(|a| (0..SITES as u32).map(move |s| (a, s))) {
+                for step in 0..=20_u8 {
+                    let mut trial = level.clone();
+                    let mut members = trial.dictionary.atom(atom).to_vec();
+                    crate::level::set_code(&mut members, site, f32::from(step) / 20.0);
+                    trial.dictionary.set(atom, members);
+                    prop_assert!(error(&trial) >= last - 1e-6);
+                }
+            }
+        }
+    }
+}

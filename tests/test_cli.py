@@ -1,9 +1,14 @@
 """Commands as a user meets them: one clear sentence and exit code 1 for what goes wrong."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+
+import models
+import moecollab as mc
+from moecollab.cli.main import main
 
 
 def run(*arguments, cwd=None):
@@ -42,3 +47,101 @@ def test_one_sentence_and_exit_code_one(arguments, sentence, tmp_path):
     assert len(found.stderr.strip().splitlines()) == 1
     assert sentence in found.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def inside(monkeypatch, capsys, tmp_path):
+    """Runs a command in this process; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["moecollab", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        shown = capsys.readouterr()
+        return left.value.code or 0, shown.out, shown.err
+
+    return call
+
+
+def refused(result, *words):
+    code, _, error = result
+    assert code == 1, error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    for word in words:
+        assert word in last
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.jsonl"
+    documents = [{"text": "The quick brown fox. " * n, "domain": f"d{n % 2}"} for n in (1, 2, 3, 4)]
+    path.write_text("\n".join(map(json.dumps, documents)))
+    return path
+
+
+def test_the_verbs_in_a_row(inside, model_folder, text, tmp_path):
+    run = tmp_path / "run"
+    acts, collab, scores = run / "activations", run / "collaboration", run / "scores/caep.parquet"
+    plan, masked, pruned = run / "plan.json", run / "masked", run / "pruned"
+    for command in (
+        ["extract", model_folder, text, "--out", acts],
+        ["fit", acts, "--out", collab, "--atoms", "3,4", "--rows", "sample"],
+        ["score", acts, "--criterion", "caep", "--collaboration", collab, "--out", scores],
+        ["plan", scores, "--drop", "0.25", "--out", plan],
+        ["mask", model_folder, plan, "--out", masked],
+        ["evaluate", model_folder, "--corpus", text, "--out", run / "evaluations/full.json"],
+        ["evaluate", masked, "--corpus", text, "--out", run / "evaluations/caep-25.json"],
+        ["prune", model_folder, plan, "--out", pruned],
+        ["evaluate", pruned, "--corpus", text, "--out", run / "pruned.json"],
+        ["report", run, "--out", run / "report.html"],
+    ):
+        code, out, error = inside(*command)
+        assert code == 0, error
+        assert len(out.strip().splitlines()) == 1, out
+    losses = [
+        mc.load_evaluation(run / name).loss for name in ("evaluations/caep-25.json", "pruned.json")
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert (run / "report.html").stat().st_size > 1_000_000
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(inside, model_folder, text, tmp_path):
+    out = tmp_path / "out"
+    blank = tmp_path / "blank.txt"
+    blank.write_text(" \n ")
+    dense = tmp_path / "dense"
+    models.build_dense().save_pretrained(dense)
+    models.build_tokenizer().save_pretrained(dense)
+    refused(inside("extract", model_folder, blank, "--out", out), "no text")
+    refused(inside("extract", dense, text, "--out", out), "dense")
+    refused(inside("extract", tmp_path / "gone", text, "--out", out), "gone")
+    refused(inside("evaluate", model_folder, "--out", out), "corpus")
+    assert not out.exists()
+
+
+def test_damaged_files_and_impossible_plans(inside, model_folder, text, tmp_path):
+    acts, scores = tmp_path / "acts", tmp_path / "scores.parquet"
+    assert inside("extract", model_folder, text, "--out", acts)[0] == 0
+    refused(inside("extract", model_folder, text, "--out", acts), "exists")
+    made = ["score", acts, "--criterion", "frequency", "--out", scores]
+    assert inside(*made)[0] == 0
+    refused(inside("plan", scores, "--drop", "0.9", "--out", "plan.json"), "top_k=2", "0.75")
+    refused(inside("fit", acts, "--out", "c", "--atoms", "4,x"), "atoms")
+    weights = acts / "tallies.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    refused(inside(*made, "--overwrite"), "tallies.safetensors")
+    scores.write_bytes(scores.read_bytes()[:50])
+    refused(inside("plan", scores, "--drop", "0.5", "--out", "plan.json"), "scores.parquet")
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_ctrl_c_is_one_sentence(inside, monkeypatch, text, model_folder):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mc, "extract", stop)
+    code, _, error = inside("extract", model_folder, text, "--out", "out")
+    assert code == 130
+    assert "goes on from there" in error

@@ -27,7 +27,9 @@ def data():
 
 @pytest.fixture(scope="module")
 def collab(data):
-    return HSDL(atoms=(40, 80), sparsity=0.1, seed=0, threads=1).fit(as_rows(data[0]))
+    return HSDL(atoms=(40, 80), sparsity=0.1, reconstruction=100, seed=0, threads=1).fit(
+        as_rows(data[0])
+    )
 
 
 def parts(collab):
@@ -49,7 +51,9 @@ def test_reported_objective_is_the_formula(data, collab):
 @settings(max_examples=15, deadline=None)
 def test_objective_never_rises_and_everything_stays_in_its_box(seed, atoms):
     x, _ = planted(n_rows=60, n_groups=12, noise=0.02, seed=seed)
-    found = HSDL(atoms=atoms, sparsity=0.5, seed=seed % 7, threads=1).fit(as_rows(x))
+    found = HSDL(atoms=atoms, sparsity=0.5, reconstruction=100, seed=seed % 7, threads=1).fit(
+        as_rows(x)
+    )
     stages: dict[str, list[float]] = {}
     for row in found.history:
         stages.setdefault(row["stage"], []).append(row["total"])
@@ -69,7 +73,9 @@ def test_objective_never_rises_and_everything_stays_in_its_box(seed, atoms):
 def test_no_single_step_is_left(data, collab):
     """At the end no code, entry or whole atom can be improved by its own exact step."""
     x, atoms, codes = data[0], collab.levels[0].atoms, dense_codes(collab.codes, 40)
-    lone = HSDL(atoms=(40,), sparsity=0.1, tolerance=0.0, threads=1).fit(as_rows(x))
+    lone = HSDL(atoms=(40,), sparsity=0.1, reconstruction=100, tolerance=0.0, threads=1).fit(
+        as_rows(x)
+    )
     atoms, codes = lone.levels[0].atoms.astype(float), dense_codes(lone.codes, 40).astype(float)
     total = objective(x, [atoms], [codes], 0.1, 100.0)[3]
     rng = np.random.default_rng(0)
@@ -97,10 +103,17 @@ def test_no_whole_atom_can_be_improved():
 @pytest.mark.parametrize("seed", range(3))
 def test_planted_groups_are_found_in_clean_data(seed):
     x, groups = planted(n_rows=600, seed=seed)
-    found = HSDL(atoms=(32,), sparsity=0.1, threads=1).fit(as_rows(x))
+    found = HSDL(atoms=(32,), threads=1).fit(as_rows(x))
     assert found_share(found.levels[0].atoms, groups) >= 0.9
-    # 24 groups are enough: the row maximum switches the other atoms off or gives them crumbs.
     assert found.history[-1]["reconstruction"] < 0.02 * x.sum(axis=1).mean()
+
+
+def test_atoms_that_do_not_pay_are_switched_off():
+    """With stray entries too, as many atoms live as there are groups."""
+    x, groups = planted(n_rows=600, noise=0.015, seed=0)
+    found = HSDL(atoms=(48,), threads=1).fit(as_rows(x))
+    assert found_share(found.levels[0].atoms, groups) == 1
+    assert found.live(1).sum() <= len(groups) + 2
 
 
 @pytest.mark.slow

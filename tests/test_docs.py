@@ -1,6 +1,7 @@
 """The generated pages are current."""
 
 import pytest
+
 from make_docs import DOCS, PAGES
 
 

@@ -18,7 +18,7 @@ ORDER = [
     "criteria",
     "pruning",
     "evaluation",
-    "report",
+    "reporting",
     "demo",
     "cli",
 ]
@@ -26,7 +26,7 @@ PUBLIC_ONLY = {"demo", "cli"}
 ALLOWED = {"moecollab.criteria", "moecollab.demo.demo"}
 LIGHT = {"torch", "transformers", "lm_eval", "plotly", "matplotlib", "polars", "datasets"}
 DOORS = {
-    "plotly": {"report"},
+    "plotly": {"reporting"},
     "lm_eval": {"evaluation"},
     "transformers": {"models", "record", "pruning", "evaluation", "demo"},
     "typer": {"cli", "demo"},

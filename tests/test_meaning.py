@@ -7,7 +7,7 @@ import pytest
 from moecollab.errors import DataError, SettingsError
 from moecollab.patterns.collaboration import Codes, Collaboration, Level
 from moecollab.patterns.dictionary import HSDL
-from moecollab.patterns.meaning import SCHEMA, describe, row_strength
+from moecollab.patterns.meaning import SCHEMA, TokenUse, describe, row_strength
 from moecollab.record.activations import Activations
 from planted import as_rows
 
@@ -121,12 +121,17 @@ def test_strength_at_level_2_goes_through_the_links(collab):
         assert total == pytest.approx(collab.levels[1].usage[atom], rel=1e-5)
 
 
-def test_rows_of_samples_have_domains_but_no_tokens(rows, acts):
+def test_rows_of_samples_take_a_token_s_weight_on_the_members(rows, acts, monkeypatch):
     sums = rows.reshape(N_SAMPLES, LENGTH, 6).mean(axis=1)
     collab = HSDL(atoms=(4,), threads=1).fit(as_rows(sums))
+    monkeypatch.setattr(Recorded, "rows", lambda *_: as_rows(rows))
+    use = TokenUse(collab, acts)
+    atom = int(np.flatnonzero(collab.live(1))[0])
+    member = collab.levels[0].atoms[atom].astype(np.float64)
+    np.testing.assert_allclose(use.of(1, atom), rows @ member / member.sum(), rtol=1e-6)
     table = describe(collab, acts, 1)
-    assert table["tokens"].list.len().sum() == 0
     assert table["domains"].list.len().min() >= 1
+    assert table["examples"].list.len().min() == 3
 
 
 def test_other_activations_are_refused(acts):

@@ -14,14 +14,14 @@ from moecollab.errors import DataError, MissingInputError, OutputExistsError, St
 from moecollab.evaluation.comparison import compare
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
 from moecollab.pruning.planning import load_plan
-from moecollab.report import numbers
-from moecollab.report.costs import costs_of
-from moecollab.report.expert_use import ExpertUse
-from moecollab.report.findings import cost_findings
-from moecollab.report.history import fit_history
-from moecollab.report.numbers import Ledger
-from moecollab.report.page import report
-from moecollab.report.pattern_cards import best_window
+from moecollab.reporting import numbers
+from moecollab.reporting.costs import costs_of
+from moecollab.reporting.expert_use import ExpertUse
+from moecollab.reporting.findings import cost_findings
+from moecollab.reporting.history import fit_history
+from moecollab.reporting.numbers import Ledger
+from moecollab.reporting.page import report
+from moecollab.reporting.pattern_cards import best_window
 from report_run import CRITERIA, DOMAINS, LAYERS, N_EXPERTS, TOP_K, write_activations, write_run
 
 

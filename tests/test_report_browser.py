@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from moecollab.report.page import report
+from moecollab.reporting.page import report
 from report_run import DOMAINS, N_EXPERTS, write_run
 
 CHROMIUM = next(

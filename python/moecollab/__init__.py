@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from moecollab.pruning.pruning import prune
     from moecollab.record.activations import Activations, load_activations
     from moecollab.record.extraction import extract
-    from moecollab.report.page import report
+    from moecollab.reporting.page import report
 
 _HOME = {
     "Activations": "record.activations",
@@ -42,7 +42,7 @@ _HOME = {
     "mask": "models.masking",
     "plan": "pruning.planning",
     "prune": "pruning.pruning",
-    "report": "report.page",
+    "report": "reporting.page",
     "score": "criteria.scoring",
 }
 

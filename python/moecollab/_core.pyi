@@ -1,11 +1,12 @@
 """Types of the Rust core; arrays in, plain dictionaries of arrays out."""
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import TypedDict, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
 
+@type_check_only
 class FitSettings(TypedDict):
     """What to fit and how long; every key is needed."""
 
@@ -17,6 +18,7 @@ class FitSettings(TypedDict):
     seed: int
     threads: int
 
+@type_check_only
 class HistoryRow(TypedDict):
     """The terms of the objective after one iteration; `total` is weighted, the others are not."""
 
@@ -27,6 +29,7 @@ class HistoryRow(TypedDict):
     reconstruction: float
     total: float
 
+@type_check_only
 class FittedLevel(TypedDict):
     """One level: atoms float32 (n_atoms, n_sites), its codes as compressed rows."""
 
@@ -37,6 +40,7 @@ class FittedLevel(TypedDict):
     atom: NDArray[np.uint32]
     value: NDArray[np.float32]
 
+@type_check_only
 class Fit(TypedDict):
     """Everything a fit found."""
 
@@ -44,6 +48,7 @@ class Fit(TypedDict):
     history: list[HistoryRow]
     stop_reason: str
 
+@type_check_only
 class CaepRanking(TypedDict):
     """Step at which each site falls and its contribution before, arrays of shape (n_sites,)."""
 

@@ -87,16 +87,25 @@ def show() -> Iterator[None]:
             bars.update(self.task, remark=text)
 
     class RichDisplay:
+        def __init__(self) -> None:
+            self.depth = 0
+
         def open(self, what: str, total: float | None) -> Bar:
+            bars.start()
+            self.depth += 1
             return RichBar(what, total)
 
         def close(self, bar: Bar) -> None:
-            if isinstance(bar, RichBar):
+            self.depth -= 1
+            if isinstance(bar, RichBar) and self.depth:
+                bars.remove_task(bar.task)  # a part of other work: only the whole stays in view
+            elif isinstance(bar, RichBar):
                 bars.stop_task(bar.task)
 
-    with bars:
-        token = _display.set(RichDisplay())
-        try:
-            yield
-        finally:
-            _display.reset(token)
+    token = _display.set(RichDisplay())
+    try:
+        yield
+    finally:
+        _display.reset(token)
+        if bars.live.is_started:
+            bars.stop()

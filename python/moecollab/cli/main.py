@@ -4,13 +4,49 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import warnings
+from collections.abc import Callable
+from functools import wraps
 
 import typer
 
 from moecollab.cli import verbs
 from moecollab.errors import MoeCollabError
+
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR)
+
+
+def main() -> None:
+    """Runs one command; exit code 0, 1 (our error, one line), 2 (usage) or 130 (Ctrl-C)."""
+    # MKL otherwise rounds small products differently for other numbers of threads, and a recording
+    # would depend on them; it must be told before torch is imported.
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.showwarning = _show_warning
+    app()
+
+
+def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with its errors as one line on stderr."""
+
+    @wraps(verb)
+    def run(*arguments: object, **options: object) -> None:
+        try:
+            verb(*arguments, **options)
+        except MoeCollabError as error:
+            _fail(str(error), 1)
+        except KeyboardInterrupt:
+            _fail("stopped; what was finished is kept, the same command goes on from there", 130)
+        except OSError as error:
+            if error.errno not in _OUTPUT_ERRORS:
+                raise
+            where = error.filename or "the output"
+            _fail(f"{where}: {error.strerror}; free space or choose another output", 1)
+
+    return run
+
 
 app = typer.Typer(
     name="moecollab",
@@ -21,25 +57,8 @@ app = typer.Typer(
     help="See how the experts of a Mixture-of-Experts LLM work together; remove those that do not "
     "matter.\n\nStart with: moecollab demo",
 )
-for verb in verbs.VERBS:
-    app.command(verb.__name__.removesuffix("_"))(verb)
-
-
-def main() -> None:
-    """Runs one command; exit code 0, 1 (our error, one line), 2 (usage) or 130 (Ctrl-C)."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.showwarning = _show_warning
-    try:
-        app()
-    except MoeCollabError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("stopped; what was finished is kept, and the same command goes on from there", 130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
-            raise
-        where = error.filename or "the output"
-        _fail(f"{where}: {error.strerror}; free space or choose another output", 1)
+for _verb in verbs.VERBS:
+    app.command(_verb.__name__)(_guarded(_verb))
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -10,6 +10,7 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.errors import SettingsError
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a model, or a masked model")]
 Out = Annotated[Path, typer.Option(help="Where the result goes")]
@@ -23,6 +24,16 @@ Batch = Annotated[int, typer.Option(help="Windows run at once")]
 def _say(what: object) -> None:
     """One line on stdout: what was made."""
     typer.echo(" ".join(str(what).split()))
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Whole numbers between commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as cause:
+        raise SettingsError(name, text, "whole numbers between commas, such as 64,128") from cause
 
 
 def extract(  # noqa: PLR0913 (one parameter per option)
@@ -65,8 +76,8 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     atoms: Annotated[
         str | None, typer.Option(help="Groups per level, coarse to fine: 64,128")
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Weight of the code sparsity (lambda 1)")] = 1.0,
-    reconstruction: Annotated[float, typer.Option(help="Weight of the error (lambda 2)")] = 100.0,
+    sparsity: Annotated[float, typer.Option(help="Weight of the code sparsity (lambda 1)")] = 300.0,
+    reconstruction: Annotated[float, typer.Option(help="Weight of the error (lambda 2)")] = 300.0,
     rows: Annotated[Literal["token", "sample"], typer.Option(help="What a row is")] = "token",
     weights: Annotated[
         Literal["renormalised", "raw", "binary", "output"], typer.Option(help="What an entry is")
@@ -82,7 +93,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     Example: moecollab fit run/activations --out run/collaboration --atoms 64,128
     """
     settings = mc.HSDL(
-        atoms=tuple(int(number) for number in atoms.split(",")) if atoms else None,
+        atoms=_numbers("atoms", atoms),
         sparsity=sparsity,
         reconstruction=reconstruction,
         rows=rows,

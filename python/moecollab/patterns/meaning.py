@@ -54,40 +54,37 @@ def describe(
         - atom; usage, its share of all use
         - members (layer, expert, strength), the strongest first
         - domains (domain, its share of the atom's use, lift = that over the domain's share of
-          tokens), the highest lift first
+          rows), the highest lift first
         - tokens (token, lift = mean use on it over mean use anywhere, drawn towards 1 for rare
           ones, count), the highest lift first, of those seen at least 5 times
         - examples, up to 3 contexts from different samples, the strongest token between » and «
 
-        Tokens and examples are empty when the rows of the fit were samples.
+        When the rows of the fit were samples, a token's use of an atom is not known from codes;
+        the part of its routed weight that goes to the atom's members stands for it (`TokenUse`).
 
     Raises
     ------
     DataError
         When the collaboration has another number of rows than the activations.
     """
-    per_token = collab.n_rows == acts.n_tokens
-    if not per_token and collab.n_rows != acts.n_samples:
-        raise DataError(
-            f"the collaboration has {collab.n_rows} rows, but the activations have "
-            f"{acts.n_tokens} tokens in {acts.n_samples} samples; fit it on these activations"
-        )
     if top < 1:
         raise SettingsError("top", top, "at least 1")
+    use = TokenUse(collab, acts)
     alive = np.flatnonzero(collab.live(level)).tolist()
     usage = collab.levels[level - 1].usage
-    domains, words = _Domains(acts, per_token=per_token), _Words(acts) if per_token else None
+    domains, words = _Domains(acts, per_token=use.per_token), _Words(acts)
     rows = []
     for atom in sorted(alive, key=lambda atom: (-usage[atom], atom)):
         strength = row_strength(collab, level, atom)
+        on_tokens = use.of(level, atom)
         rows.append(
             {
                 "atom": atom,
                 "usage": float(usage[atom] / usage.sum()),
                 "members": _members(collab, level, atom),
                 "domains": domains.about(strength),
-                "tokens": words.about(strength, top) if words else [],
-                "examples": words.examples(strength) if words else [],
+                "tokens": words.about(on_tokens, top),
+                "examples": words.examples(on_tokens),
             }
         )
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
@@ -113,6 +110,50 @@ def row_strength(collab: Collaboration, level: int, atom: int) -> NDArray[np.flo
     return found
 
 
+class TokenUse:
+    """How much each token uses an atom, whatever the rows of the fit were.
+
+    Parameters
+    ----------
+    collab : Collaboration
+        Patterns fitted on these activations, on rows that are tokens or samples.
+    acts : Activations
+        What the routers did.
+
+    Raises
+    ------
+    DataError
+        When the collaboration has another number of rows than the activations.
+    """
+
+    def __init__(self, collab: Collaboration, acts: Activations) -> None:
+        if collab.n_rows not in (acts.n_tokens, acts.n_samples):
+            raise DataError(
+                f"the collaboration has {collab.n_rows} rows, but the activations have "
+                f"{acts.n_tokens} tokens in {acts.n_samples} samples; fit it on these activations"
+            )
+        self.collab = collab
+        self.per_token = collab.n_rows == acts.n_tokens
+        if not self.per_token:
+            rows = acts.rows("token", "renormalised")
+            self._sites, self._values = rows.sites, rows.values.astype(np.float64)
+            self._row = np.repeat(np.arange(acts.n_tokens), np.diff(rows.indptr))
+            self._n_tokens = acts.n_tokens
+
+    def of(self, level: int, atom: int) -> NDArray[np.float64]:
+        """Use of one atom: float64 array of shape (n_tokens,).
+
+        Its code where rows are tokens; else the token's renormalised weight on the atom's members,
+        each times its strength, over the sum of strengths.
+        """
+        if self.per_token:
+            return row_strength(self.collab, level, atom)
+        member = self.collab.levels[level - 1].atoms[atom].astype(np.float64)
+        weighted = self._values * member[self._sites]
+        found = np.bincount(self._row, weighted, self._n_tokens) / max(member.sum(), 1e-300)
+        return np.asarray(found, dtype=np.float64)
+
+
 def _members(collab: Collaboration, level: int, atom: int) -> list[dict[str, object]]:
     members = sorted(collab.members(level, atom), key=lambda member: -member[2])
     return [
@@ -129,9 +170,9 @@ class _Domains:
         self.names = acts.domains
         number = {name: place for place, name in enumerate(self.names)}
         of_sample = np.array([number[name] for name in samples["domain"].to_list()], np.int64)
-        tokens = np.bincount(of_sample, samples["n_tokens"].to_numpy(), len(self.names))
         self.of_row = of_sample[acts.tokens()["sample"].to_numpy()] if per_token else of_sample
-        self.expected = tokens / tokens.sum()
+        rows = np.bincount(self.of_row, minlength=len(self.names))
+        self.expected = rows / rows.sum()
 
     def about(self, strength: NDArray[np.float64]) -> list[dict[str, object]]:
         """Domains in which an atom is used, the highest lift first."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moecollab.criteria.scores import Scores
 from moecollab.pruning.planning import Plan
-from moecollab.report.expert_use import ExpertUse
+from moecollab.reporting.expert_use import ExpertUse
 
 Site = tuple[int, int]
 

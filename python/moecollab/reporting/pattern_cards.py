@@ -116,34 +116,6 @@ def membership(collab: Collaboration) -> dict[tuple[int, int], tuple[str, ...]]:
     return {site: tuple(name for _, name in sorted(names)) for site, names in found.items()}
 
 
-def row_codes(collab: Collaboration, level: int, atom: int) -> NDArray[np.float64]:
-    """How strongly each row uses one pattern: float64 array of shape (n_rows,)."""
-    codes = collab.codes
-    value = codes.value.astype(np.float64)
-    if level == 1:
-        value = np.where(codes.atom == atom, value, 0.0)
-    else:
-        value = value * _towards(collab, level, atom)[codes.atom]
-    n_rows = len(codes.indptr) - 1
-    row = np.repeat(np.arange(n_rows), np.diff(codes.indptr))
-    return np.asarray(np.bincount(row, value, n_rows), dtype=np.float64)
-
-
-def _towards(collab: Collaboration, level: int, atom: int) -> NDArray[np.float64]:
-    """What one unit of each level-1 pattern gives to a pattern of a finer level."""
-    weight = _links(collab, level)[:, atom]
-    for upper in range(level - 1, 1, -1):
-        weight = _links(collab, upper) @ weight
-    return weight
-
-
-def _links(collab: Collaboration, level: int) -> NDArray[np.float64]:
-    links = collab.levels[level - 1].links
-    if links is None:
-        raise ValueError(f"level {level} has no links; only level 1 may lack them")
-    return np.asarray(links, dtype=np.float64)
-
-
 def best_window(strength: NDArray[np.float64], sample: NDArray[np.uint32]) -> slice:
     """The stretch of at most 44 tokens of one sample in which a pattern is used most.
 

@@ -10,7 +10,7 @@ from typing import Any
 from moecollab.errors import DataError
 from moecollab.evaluation.comparison import LOSS, compare
 from moecollab.evaluation.evaluation import Evaluation
-from moecollab.report.numbers import percent, signed
+from moecollab.reporting.numbers import percent, signed
 
 NAMES = {"caep": "CAEP", "reap": "REAP", "gate_sum": "gate sum"}
 BASELINES = ("full", "before", "baseline", "original")

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.patterns.collaboration import Collaboration
-from moecollab.patterns.meaning import describe
+from moecollab.patterns.meaning import TokenUse, describe
 from moecollab.record.activations import Activations
-from moecollab.report.pattern_cards import (
+from moecollab.reporting.pattern_cards import (
     About,
     Link,
     PatternCard,
@@ -19,7 +19,6 @@ from moecollab.report.pattern_cards import (
     Piece,
     best_window,
     pattern_name,
-    row_codes,
 )
 
 CARDS = (9, 6)
@@ -103,11 +102,12 @@ def level_views(collab: Collaboration, acts: Activations) -> tuple[LevelView, ..
     text = [vocabulary[token] for token in tokens["token_id"].to_list()]
     sample = tokens["sample"].to_numpy()
     domain = acts.samples()["domain"].to_list()
+    use = TokenUse(collab, acts)
     found = []
     for level in range(1, len(collab.levels) + 1):
         cards, most = _cards(collab, acts, level), CARDS[min(level, len(CARDS)) - 1]
         shown = tuple(
-            _with_example(card, row_codes(collab, level, card.atom), text, sample, domain)
+            _with_example(card, use.of(level, card.atom), text, sample, domain)
             for card in _joined_first(cards)[:most]
         )
         found.append(
@@ -159,8 +159,6 @@ def _with_example(
     domain: Sequence[str],
 ) -> PatternCard:
     """The card with the stretch of text in which the pattern is used most."""
-    if len(strength) != len(text):  # rows are samples: no single token is known to use it
-        return card
     place = best_window(strength, sample)
     top = max(float(strength[place].max()), np.finfo(np.float64).tiny)
     steps = np.digitize(strength[place] / top, STEPS)

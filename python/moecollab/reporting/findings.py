@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from markupsafe import Markup
 
 from moecollab.evaluation.evaluation import Evaluation
-from moecollab.report.costs import Cost, Costs, gap, pretty
-from moecollab.report.drops import Drops
-from moecollab.report.expert_use import ExpertUse
-from moecollab.report.levels import LevelView
-from moecollab.report.numbers import Ledger, Number, sentence
+from moecollab.reporting.costs import Cost, Costs, gap, pretty
+from moecollab.reporting.drops import Drops
+from moecollab.reporting.expert_use import ExpertUse
+from moecollab.reporting.levels import LevelView
+from moecollab.reporting.numbers import Ledger, Number, sentence
 
 BUSY = 0.1
 OURS, CHANCE = "caep", "random"

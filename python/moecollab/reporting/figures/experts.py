@@ -8,10 +8,10 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from moecollab.report.costs import pretty
-from moecollab.report.drops import Drops
-from moecollab.report.expert_use import ExpertUse
-from moecollab.report.figures.style import (
+from moecollab.reporting.costs import pretty
+from moecollab.reporting.drops import Drops
+from moecollab.reporting.expert_use import ExpertUse
+from moecollab.reporting.figures.style import (
     GONE,
     INK,
     KEPT,

@@ -15,26 +15,26 @@ from moecollab.manifest import refuse_existing, write_bytes
 from moecollab.patterns.collaboration import Collaboration
 from moecollab.pruning.planning import Plan
 from moecollab.record.activations import Activations
-from moecollab.report import provenance
-from moecollab.report.costs import Costs, costs_of, pretty
-from moecollab.report.drops import Drops, drops_of
-from moecollab.report.expert_use import ExpertUse, expert_use, shown_domains, token_shares
-from moecollab.report.figures.costs import cost_dots, cost_map
-from moecollab.report.figures.experts import score_strip, use_map
-from moecollab.report.figures.patterns import objective_curve, pattern_map
-from moecollab.report.figures.style import as_html, plotly_script
-from moecollab.report.findings import cost_findings, pattern_finding, use_finding
-from moecollab.report.history import fit_history
-from moecollab.report.levels import LevelView, level_views
-from moecollab.report.material import (
+from moecollab.reporting import provenance
+from moecollab.reporting.costs import Costs, costs_of, pretty
+from moecollab.reporting.drops import Drops, drops_of
+from moecollab.reporting.expert_use import ExpertUse, expert_use, shown_domains, token_shares
+from moecollab.reporting.figures.costs import cost_dots, cost_map
+from moecollab.reporting.figures.experts import score_strip, use_map
+from moecollab.reporting.figures.patterns import objective_curve, pattern_map
+from moecollab.reporting.figures.style import as_html, plotly_script
+from moecollab.reporting.findings import cost_findings, pattern_finding, use_finding
+from moecollab.reporting.history import fit_history
+from moecollab.reporting.levels import LevelView, level_views
+from moecollab.reporting.material import (
     FilePath,
     GivenEvaluations,
     GivenScores,
     Material,
     gather,
 )
-from moecollab.report.numbers import Ledger
-from moecollab.report.pattern_cards import membership
+from moecollab.reporting.numbers import Ledger
+from moecollab.reporting.pattern_cards import membership
 
 MOST_DOMAINS = 24
 """Domains that maps show; more cannot be told apart."""
@@ -117,7 +117,7 @@ def render(material: Material, title: str | None = None) -> str:
     ledger = Ledger()
     view = _view(material, title, ledger)
     environment = Environment(
-        loader=PackageLoader("moecollab.report"),
+        loader=PackageLoader("moecollab.reporting"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

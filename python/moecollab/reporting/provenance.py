@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moecollab.report.material import Material
+from moecollab.reporting.material import Material
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from moecollab.report.figures.style import (
+from moecollab.reporting.figures.style import (
     INK,
     KEPT,
     QUIET,
@@ -15,8 +15,8 @@ from moecollab.report.figures.style import (
     escape,
     styled,
 )
-from moecollab.report.history import FitHistory
-from moecollab.report.pattern_cards import PatternMap
+from moecollab.reporting.history import FitHistory
+from moecollab.reporting.pattern_cards import PatternMap
 
 AROUND_CHANCE = ["#d2cabf", "#e6e1da", "#ffffff", "#7fb4d8", "#0b3f70"]
 """Grey below chance, white at chance, blue above it."""

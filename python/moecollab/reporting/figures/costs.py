@@ -5,8 +5,8 @@ from __future__ import annotations
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from moecollab.report.costs import Cost, Costs
-from moecollab.report.figures.style import GONE, KEPT, QUIET, axis_label, escape, styled
+from moecollab.reporting.costs import Cost, Costs
+from moecollab.reporting.figures.style import GONE, KEPT, QUIET, axis_label, escape, styled
 
 DEARER = ["#2f76ad", "#bcd8ea", "#ffffff", "#f8d9b3", "#e9964c"]
 """Blue where loss falls, white at no change, orange where it rises."""
