@@ -6,6 +6,8 @@ from typing import TypedDict, type_check_only
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["caep_ranking", "fit_dictionary"]
+
 @type_check_only
 class FitSettings(TypedDict):
     """What to fit and how long; every key is needed."""
