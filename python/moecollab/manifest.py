@@ -113,12 +113,19 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(scratch: Path, target: Path) -> None:
-    """Puts a finished folder in the place of `target`."""
-    if target.is_dir() and not target.is_symlink():
-        shutil.rmtree(target)
-    elif target.exists():
-        target.unlink()
-    scratch.replace(target)
+    """Puts a finished folder in the place of `target`; what was there goes last."""
+    if not target.exists() and not target.is_symlink():
+        scratch.replace(target)
+        return
+    old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+    target.replace(old / "old")
+    try:
+        scratch.replace(target)
+    except BaseException:
+        (old / "old").replace(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def manifest(
