@@ -19,6 +19,7 @@ from moecollab.progress import show, track
 
 CRITERIA = ("caep", "frequency", "gate_sum", "reap", "random")
 DROPS = (0.25, 0.5)
+HELD_OUT = 8_000  # characters of each domain
 
 
 def questions(seed: int):
@@ -30,7 +31,7 @@ def questions(seed: int):
 
 
 def corpus(folder: Path, seed: int):
-    """Sixty thousand training characters of each domain, drawn by seed; held-out text."""
+    """Twelve thousand training characters of each domain, drawn by seed; held-out text."""
     from moecollab.demo.model_card import held_out_documents
     from moecollab.demo.training_text import read_training_text
 
@@ -44,7 +45,7 @@ def corpus(folder: Path, seed: int):
             left -= len(calibration[-1]["text"])
             if left <= 0:
                 break
-    return calibration, held_out_documents(text)
+    return calibration, held_out_documents(text, HELD_OUT)
 
 
 def costs(seed: int, calibration, held_out, out: Path, per: str) -> list[dict]:

@@ -90,7 +90,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
 ) -> None:
     """Finds groups of experts that work together across layers (HSDL).
 
-    Example: moecollab fit run/activations --out run/collaboration --atoms 64,128
+    Example: moecollab fit run/activations --rows sample --out run/collaboration
     """
     settings = mc.HSDL(
         atoms=_numbers("atoms", atoms),

@@ -40,11 +40,11 @@ class Measured:
     """relation, facts, hit10."""
 
 
-def held_out_documents(text: TrainingText) -> list[dict[str, str]]:
+def held_out_documents(text: TrainingText, chars: int = _CHARS) -> list[dict[str, str]]:
     """The first held-out characters of each domain, as documents."""
     documents = []
     for domain, texts in text.held_out.items():
-        left = _CHARS
+        left = chars
         for number, document in enumerate(texts):
             if left <= 0:
                 break
