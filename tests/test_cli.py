@@ -118,6 +118,14 @@ def test_bad_input_is_one_sentence_and_writes_nothing(inside, model_folder, text
     refused(inside("extract", dense, text, "--out", out), "dense")
     refused(inside("extract", tmp_path / "gone", text, "--out", out), "gone")
     refused(inside("evaluate", model_folder, "--out", out), "corpus")
+    config = json.loads((dense / "config.json").read_text()) | {"model_type": "weird_moe"}
+    (dense / "config.json").write_text(json.dumps(config))
+    refused(inside("extract", dense, text, "--out", out), "weird_moe", "mixtral", "register_layout")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("mine")
+    refused(inside("extract", model_folder, text, "--out", precious, "--overwrite"), "precious")
+    assert (precious / "thesis.txt").exists()
     assert not out.exists()
 
 
@@ -144,4 +152,4 @@ def test_ctrl_c_is_one_sentence(inside, monkeypatch, text, model_folder):
     monkeypatch.setattr(mc, "extract", stop)
     code, _, error = inside("extract", model_folder, text, "--out", "out")
     assert code == 130
-    assert "goes on from there" in error
+    assert "extract goes on" in error

@@ -15,6 +15,7 @@ from moecollab.demo import MODEL, read_questions
 from moecollab.demo.demo import CRITERIA, DROPS
 from moecollab.demo.text import DOMAINS
 
+LOSS_OF_TEN = 3.913  # nats per token on the first ten held-out questions, when it was trained
 REPRODUCIBLE = ("activations", "collaboration", "scores", "plans", "plan.json")
 
 
@@ -70,11 +71,13 @@ def test_pruned_checkpoint_costs_what_its_mask_cost(demo):
 
 
 @pytest.mark.slow
-def test_dropping_hurts_and_random_hurts_most_at_half(demo):
+def test_dropping_hurts_and_random_hurts_most(demo):
     loss = {p.stem: mc.load_evaluation(p).loss for p in (demo / "evaluations").iterdir()}
     for name, value in loss.items():
         assert name == "full" or value > loss["full"]
-    assert loss["random-50"] > loss["random-25"]
+    for drop in (25, 50):
+        others = [loss[f"{criterion}-{drop}"] for criterion in CRITERIA if criterion != "random"]
+        assert loss[f"random-{drop}"] > max(others)
 
 
 def test_questions_cover_every_subject_once():
@@ -97,8 +100,9 @@ def test_the_card_shows_that_the_model_is_worth_looking_at():
     assert any(row["hit10"] > 0.5 for row in card["facts"])
 
 
-def test_the_shipped_model_has_the_loss_its_card_gives(tmp_path):
-    """A cheap guard that weights and card belong together: questions cost what they cost."""
+def test_the_shipped_weights_are_the_trained_ones():
+    """Losing a random half of the experts costs a nat here, another model would show as well."""
     _, held_out = read_questions()
-    found = mc.evaluate(MODEL, corpus=held_out[:10])
-    assert 1.0 < found.loss < 5.5
+    assert mc.evaluate(MODEL, corpus=held_out[:10], dtype="float32").loss == pytest.approx(
+        LOSS_OF_TEN, abs=0.01
+    )

@@ -3,8 +3,15 @@
 import pytest
 
 from make_docs import DOCS, PAGES
+from moecollab.criteria import names
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_current(name):
     assert (DOCS / name).read_text() == PAGES[name](), "run: make docs"
+
+
+def test_results_hold_their_tables():
+    text = (DOCS / "results.md").read_text()
+    for criterion in names():
+        assert text.count(f"| {criterion} | ") == 3, criterion

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import models
 from moecollab.errors import DataError, OutputExistsError, SettingsError, UnsupportedModelError
+from moecollab.models.loading import load_model
 from moecollab.models.routing import find_moe_layers
 from moecollab.record import extraction, windows
 from moecollab.record.activations import load_activations
@@ -151,7 +152,7 @@ def test_long_document_is_cut_into_windows(model_folder, tmp_path):
 def test_context_is_at_most_the_models_own(acts):
     assert acts.manifest["settings"]["context"] == 64
     assert acts.manifest["model"]["norm_topk"] is False
-    assert acts.manifest["inputs"].keys() == {"model", "corpus"}
+    assert acts.manifest["inputs"].keys() == {"model", "corpus", "tokens"}
 
 
 def test_loaded_model_gives_the_same_tables(model_folder, acts, texts, tokenizer, tmp_path):
@@ -371,3 +372,26 @@ def test_any_number_of_threads_gives_the_same_bytes(tokenizer, tmp_path):
     finally:
         torch.set_num_threads(1)
     assert found[0] == found[1]
+
+
+def test_another_tokenizer_starts_over(model_folder, texts, tokenizer, tmp_path):
+    """Shards of one tokenizer never stand in for those of another."""
+    model, _ = load_model(model_folder)
+    first = extract(model, texts, out=tmp_path / "a", tokenizer=tokenizer)
+
+    def shifted(text, **options):
+        ids = tokenizer(text, **options)["input_ids"]
+        return {"input_ids": [4 + (i + 1) % 200 for i in ids]}
+
+    for name in ("decode", "convert_ids_to_tokens", "batch_decode"):
+        setattr(shifted, name, getattr(tokenizer, name))
+    second = extract(model, texts, out=tmp_path / "b", tokenizer=shifted)
+    assert first.manifest["inputs"]["tokens"] != second.manifest["inputs"]["tokens"]
+    assert first.manifest["inputs"]["corpus"] == second.manifest["inputs"]["corpus"]
+
+
+def test_training_mode_is_given_back(model_folder, texts, tokenizer, tmp_path):
+    model, _ = load_model(model_folder)
+    model.train()
+    extract(model, texts, out=tmp_path / "a", tokenizer=tokenizer)
+    assert model.training

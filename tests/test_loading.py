@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
-from moecollab.models.loading import digest_model, load_model
+from moecollab.models.loading import check_finite, digest_model, load_model
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_folder_without_tokenizer(tmp_path):
 def test_loaded_model_is_returned():
     model = models.build("mixtral").train()
     assert load_model(model)[0] is model
-    assert not model.training
+    assert model.training
 
 
 def test_dense_model(tmp_path):
@@ -125,3 +125,19 @@ def test_digest_of_a_model():
     assert digest == digest_model(models.build("mixtral"))
     others = [models.build("mixtral", seed=1), models.build("mixtral", rms_norm_eps=1e-3)]
     assert len({digest, *map(digest_model, others)}) == 3
+
+
+def test_nan_in_a_correction_bias_is_named():
+    model = models.build("deepseek_v3")
+    biases = [b for name, b in model.named_buffers() if name.endswith("correction_bias")]
+    biases[0][0] = float("nan")
+    with pytest.raises(DataError, match="e_score_correction_bias"):
+        check_finite(model)
+
+
+def test_damaged_tokenizer_is_named(tmp_path):
+    folder = models.save("qwen2_moe", tmp_path / "model")
+    file = folder / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"tokenizer in .* is damaged"):
+        load_model(folder)

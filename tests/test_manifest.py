@@ -5,7 +5,14 @@ import json
 import pytest
 
 from moecollab.errors import DataError, OutputExistsError, SchemaError
-from moecollab.manifest import check_manifest, new_folder, read_json, write_bytes, write_json
+from moecollab.manifest import (
+    MANIFEST,
+    check_manifest,
+    new_folder,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
 
 def test_file_is_whole_or_absent(tmp_path, monkeypatch):
@@ -20,18 +27,26 @@ def test_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def break_inside(target):
+    with new_folder(target, overwrite=True) as scratch:
+        write_bytes(scratch / "x", b"new")
+        raise RuntimeError("broken")
+
+
 def test_folder_takes_its_place_only_when_the_block_ends_well(tmp_path):
     target = tmp_path / "result"
     with new_folder(target) as scratch:
         write_bytes(scratch / "x", b"old")
+        write_json(scratch / MANIFEST, {})
         assert not target.exists()
-    with pytest.raises(RuntimeError, match="broken"), new_folder(target, overwrite=True) as scratch:
-        write_bytes(scratch / "x", b"new")
-        raise RuntimeError("broken")
+    with pytest.raises(RuntimeError, match="broken"):
+        break_inside(target)
     assert (target / "x").read_bytes() == b"old"
     with new_folder(target, overwrite=True) as scratch:
         write_bytes(scratch / "y", b"new")
     assert [p.name for p in target.iterdir()] == ["y"]
+    with pytest.raises(DataError, match="did not make"), new_folder(target, overwrite=True):
+        pass
     assert [p.name for p in tmp_path.iterdir()] == ["result"]
     with pytest.raises(OutputExistsError), new_folder(target):
         pass
@@ -41,6 +56,7 @@ def test_old_folder_stays_when_the_new_one_cannot_be_placed(tmp_path, monkeypatc
     target = tmp_path / "result"
     with new_folder(target) as scratch:
         write_bytes(scratch / "x", b"old")
+        write_json(scratch / MANIFEST, {})
     with (
         pytest.raises(FileNotFoundError),
         new_folder(target, overwrite=True) as scratch,

@@ -21,7 +21,7 @@ from moecollab.errors import (
 from moecollab.pruning.planning import Plan, load_plan, plan
 
 
-def make_scores(values, top_k=1, layers=None):
+def make_scores(values, top_k=1, layers=None, settings=None):
     values = np.asarray(values, dtype=np.float64)
     return Scores(
         criterion="frequency",
@@ -30,6 +30,7 @@ def make_scores(values, top_k=1, layers=None):
         layers=tuple(layers or range(len(values))),
         top_k=top_k,
         activations="0123456789abcdef",
+        settings=settings or {},
     )
 
 
@@ -285,3 +286,15 @@ def test_dropping_nothing_keeps_everyone():
     counts = [plan(make_scores(np.eye(4)), drop=drop).n_dropped for drop in (0.0, 0.25, 0.5)]
     assert counts[0] == 0
     assert all(less < more for less, more in pairwise(counts))
+
+
+def test_scores_made_for_another_drop_are_refused():
+    scores = make_scores([[3, 1, 2, 4]], settings={"drop": 0.25})
+    assert plan(scores, drop=0.25).n_dropped == 1
+    with pytest.raises(PlanError, match=r"hold for drop=0.25, not 0.5; score again"):
+        plan(scores, drop=0.5)
+
+
+def test_plan_without_top_k_is_refused():
+    with pytest.raises(PlanError, match="at least one expert"):
+        Plan(keep={0: ()}, n_experts=4, top_k=0, criterion="x", drop=0.5, per="layer")

@@ -62,6 +62,8 @@ def dump_json(value: object) -> bytes:
 def write_bytes(path: Path, data: bytes, *, overwrite: bool = False) -> None:
     """Writes a file whole or not at all."""
     refuse_existing(path, overwrite=overwrite)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -85,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as cause:
         raise DataError(f"{path} does not exist") from cause
-    except (ValueError, UnicodeDecodeError) as cause:
+    except (ValueError, UnicodeDecodeError, RecursionError) as cause:
         raise DataError(f"{path} is not valid JSON; it may be truncated: make it again") from cause
     if not isinstance(value, dict):
         raise SchemaError(f"{path} holds {type(value).__name__}, expected an object")
@@ -93,9 +95,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raises OutputExistsError when the output is there and may not be replaced."""
-    if path.exists() and not overwrite:
+    """Raises when the output is there and may not be replaced.
+
+    With `overwrite` a folder is replaced only if it is empty or one of our results.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
         raise OutputExistsError(path)
+    ours = any((path / name).is_file() for name in (MANIFEST, "moecollab.json"))
+    if path.is_dir() and not ours and any(path.iterdir()):
+        raise DataError(f"{path} is a folder that moecollab did not make; choose another output")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import typer
 from moecollab.cli import verbs
 from moecollab.errors import MoeCollabError
 
-_OUTPUT_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR)
+_FILE_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR)
 
 
 def main() -> None:
@@ -38,12 +38,15 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except MoeCollabError as error:
             _fail(str(error), 1)
         except KeyboardInterrupt:
-            _fail("stopped; what was finished is kept, the same command goes on from there", 130)
+            _fail(
+                "stopped; nothing half-written is left, and extract goes on from its last shard",
+                130,
+            )
         except OSError as error:
-            if error.errno not in _OUTPUT_ERRORS:
+            if error.errno not in _FILE_ERRORS:
                 raise
             where = error.filename or "the output"
-            _fail(f"{where}: {error.strerror}; free space or choose another output", 1)
+            _fail(f"{where}: {error.strerror}; check the path, its rights and the space left", 1)
 
     return run
 

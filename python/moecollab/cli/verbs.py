@@ -11,6 +11,7 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.errors import SettingsError
+from moecollab.manifest import refuse_existing
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a model, or a masked model")]
 Out = Annotated[Path, typer.Option(help="Where the result goes")]
@@ -92,6 +93,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
 
     Example: moecollab fit run/activations --rows sample --out run/collaboration
     """
+    refuse_existing(out, overwrite=overwrite)
     settings = mc.HSDL(
         atoms=_numbers("atoms", atoms),
         sparsity=sparsity,
@@ -107,6 +109,8 @@ def fit(  # noqa: PLR0913 (one parameter per option)
         found = settings.fit(mc.load_activations(activations))
     found.save(out, overwrite=overwrite)
     _say(f"{out}: {found!r}")
+    if found.stop_reason == "interrupted":
+        raise typer.Exit(130)
 
 
 def score(

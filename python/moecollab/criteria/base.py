@@ -91,11 +91,14 @@ class Criterion:
         Inputs without which it cannot run.
     function : ScoreFunction
         A module-level function whose docstring has the lines of `FORM`.
+    by_drop : bool
+        Whether its scores hold for one dropped fraction only.
     """
 
     name: str
     needs: Needs
     function: ScoreFunction
+    by_drop: bool = False
 
     @property
     def summary(self) -> str:

@@ -68,4 +68,4 @@ def ranks(step: NDArray[np.int64], contribution: NDArray[np.float64]) -> NDArray
     return found
 
 
-CRITERIA = (Criterion("caep", Needs.ROUTING | Needs.COLLABORATION, caep),)
+CRITERIA = (Criterion("caep", Needs.ROUTING | Needs.COLLABORATION, caep, by_drop=True),)

@@ -78,7 +78,7 @@ def score(
         layers=tuple(acts.layers),
         top_k=acts.top_k,
         activations=acts.digest(),
-        settings={"drop": drop, "seed": seed},
+        settings={"seed": seed} | ({"drop": drop} if chosen.by_drop else {}),
     )
     if out is not None:
         scores.save(out, overwrite=overwrite)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import moecollab as mc
 from moecollab.demo.text import read_questions
-from moecollab.errors import OutputExistsError
-from moecollab.manifest import write_bytes
+from moecollab.errors import DataError, OutputExistsError, SettingsError
+from moecollab.manifest import write_bytes, write_json
 from moecollab.progress import track
 
 MODEL = Path(__file__).parent / "model"
@@ -18,10 +18,12 @@ MODEL = Path(__file__).parent / "model"
 
 CRITERIA = ("caep", "frequency", "gate_sum", "reap", "random")
 DROPS = (0.25, 0.5)
+MARK = "demo.json"
+"""File that tells a demo's folder from others."""
 ATOMS = (24, 120)
 """Coarse and fine groups; with few documents, fewer than the default."""
 DTYPE = "float32"
-"""What the demo computes in: exact, and on most processors faster than bfloat16."""
+"""What the demo computes in; bfloat16 rounds, and is slow on processors without it."""
 CHOSEN = "caep-25"
 """The plan that is cut out in the end."""
 
@@ -47,11 +49,18 @@ def run_demo(
     ------
     OutputExistsError
         If `out` holds a report and `overwrite` is not given.
+    DataError
+        If `out` holds something else than a demo.
     """
     out = Path(out)
     page = out / "report.html"
+    if threads is not None and threads < 1:
+        raise SettingsError("threads", threads, "at least 1")
     if page.exists() and not overwrite:
         raise OutputExistsError(page)
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
+        raise DataError(f"{out} holds other files than a demo's; choose another output")
+    write_json(out / MARK, {"seed": seed}, overwrite=True)
     with _torch_threads(threads), track("demo", total=5) as bar:
         for step in _steps(out, seed, threads):
             bar.remark(step)

@@ -188,8 +188,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     seed : int
         Seed of few-shot examples and of intervals, ≥ 0.
     dtype : {"auto", "float32", "bfloat16", "float16"}
-        Type the weights are loaded in; "auto" is that of the files. On most processors float32 is
-        faster than bfloat16, and exact.
+        Type the weights are loaded in; "auto" is that of the files.
     out : path, optional
         JSON file to write.
     overwrite : bool

@@ -11,7 +11,7 @@ from torch import nn
 
 from moecollab.errors import MissingInputError
 from moecollab.models.loading import digest_model, load_model, load_tokenizer
-from moecollab.models.masked import Mask, read_masked
+from moecollab.models.masked import Mask, kept_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,5 +81,5 @@ def _plan_of(given: Any) -> dict[str, Any] | None:  # noqa: ANN401 (path, model 
     """Kept experts of a Mask or of a masked model's folder."""
     if isinstance(given, Mask):
         return given.keep.as_json()
-    masked = None if isinstance(given, nn.Module) else read_masked(given)
-    return None if masked is None else masked[1].as_json()
+    kept = None if isinstance(given, nn.Module) else kept_of(given)
+    return None if kept is None else kept.as_json()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -39,6 +39,8 @@ class Keep:
     keep: dict[int, tuple[int, ...]]
     n_experts: int
     top_k: int
+    settings: Mapping[str, object] = field(default_factory=dict)
+    """How the plan was made (criterion, drop, per), if that is known."""
 
     @property
     def uniform(self) -> bool:
@@ -48,7 +50,8 @@ class Keep:
     def as_json(self) -> dict[str, object]:
         """The same as JSON values."""
         keep = {str(layer): list(kept) for layer, kept in self.keep.items()}
-        return {"keep": keep, "n_experts": self.n_experts, "top_k": self.top_k}
+        made = {"settings": dict(self.settings)} if self.settings else {}
+        return {"keep": keep, "n_experts": self.n_experts, "top_k": self.top_k} | made
 
 
 def read_keep(plan: PlanLike) -> Keep:
@@ -56,7 +59,9 @@ def read_keep(plan: PlanLike) -> Keep:
     if isinstance(plan, str | PathLike):
         return keep_from_json(read_json(Path(plan)), str(plan))
     keep = {int(layer): tuple(sorted(map(int, kept))) for layer, kept in plan.keep.items()}
-    return Keep(dict(sorted(keep.items())), int(plan.n_experts), int(plan.top_k))
+    names = ("criterion", "drop", "per")
+    settings = {name: getattr(plan, name) for name in names if hasattr(plan, name)}
+    return Keep(dict(sorted(keep.items())), int(plan.n_experts), int(plan.top_k), settings)
 
 
 def keep_from_json(value: Mapping[str, object], where: str) -> Keep:
@@ -76,7 +81,9 @@ def keep_from_json(value: Mapping[str, object], where: str) -> Keep:
         raise SchemaError(
             f"{where} has a keep list that is not of integers; make it again"
         ) from cause
-    return Keep(dict(sorted(found.items())), n_experts, top_k)
+    settings = value.get("settings")
+    made = settings if isinstance(settings, Mapping) else {}
+    return Keep(dict(sorted(found.items())), n_experts, top_k, made)
 
 
 def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:

@@ -12,11 +12,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from moecollab.errors import DataError, SettingsError
-from moecollab.manifest import digest_bytes, digest_json
+from moecollab.manifest import digest_bytes, digest_json, read_json
 from moecollab.models.masked import Mask, read_masked
+from moecollab.models.registry import layout_of
 from moecollab.models.routing import find_moe_layers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -33,7 +35,8 @@ def load_model(
     Parameters
     ----------
     model : Module, path or hub name
-        A loaded model is returned as it is. A masked model's folder is loaded and masked.
+        A loaded model is returned as it is, in its own mode. A masked model's folder is
+        loaded and masked.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type of the weights; "auto" is that of the files.
     device : str, optional
@@ -54,7 +57,7 @@ def load_model(
         if moe:
             find_moe_layers(model)
         check_finite(model)
-        return model.eval(), None
+        return model, None
     masked = read_masked(model)
     base = str(model) if masked is None else masked[0]
     loaded = _load_weights(base, dtype, moe=moe)
@@ -69,13 +72,17 @@ def load_tokenizer(path: str) -> Any | None:  # noqa: ANN401 (transformers is un
     """The tokenizer beside a model, or None if there is none."""
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError) as cause:
+        if (Path(path) / "tokenizer.json").is_file():
+            raise DataError(
+                f"the tokenizer in {path} is damaged; copy its files there again"
+            ) from cause
         return None
 
 
 def check_finite(model: nn.Module) -> None:
     """Raises DataError if a weight is NaN or infinite, naming it and so its layer."""
-    for name, value in model.named_parameters():
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_meta or not value.is_floating_point():
             continue
         tensor = value.detach().float() if value.dtype.itemsize == 1 else value.detach()
@@ -122,7 +129,7 @@ def _load_weights(path: str, dtype: str, *, moe: bool) -> Any:  # noqa: ANN401
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DataError(f"{path} holds no config.json; give the folder of a transformers model")
     with _explained(path):
-        config = AutoConfig.from_pretrained(path)
+        config = _config(path)
     if moe:
         with torch.device("meta"):
             find_moe_layers(_skeleton(config))
@@ -138,6 +145,18 @@ def _load_weights(path: str, dtype: str, *, moe: bool) -> Any:  # noqa: ANN401
             "download or save it again"
         )
     return model
+
+
+def _config(path: str) -> Any:  # noqa: ANN401 (transformers is untyped)
+    """The configuration of a model; one that transformers does not know is our own error."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, KeyError):
+        file = Path(path) / "config.json"
+        named = read_json(file).get("model_type") if file.is_file() else None
+        if isinstance(named, str) and named not in CONFIG_MAPPING:
+            layout_of(named, f"the model in {path}")
+        raise
 
 
 def _skeleton(config: Any) -> nn.Module:  # noqa: ANN401

@@ -25,6 +25,7 @@ from moecollab.models.slicing import Change, slice_router, undo
 
 MASK_FILE = "moecollab.json"
 MASKED = "masked model"
+PRUNED = "pruned model"
 
 
 class Mask:
@@ -108,6 +109,17 @@ class _IdMap:
         return torch.where(ids < n_kept, inside, ids + (self.n_experts - n_kept))
 
 
+def kept_of(path: str | PathLike[str]) -> Keep | None:
+    """Original ids of the experts that a masked or pruned model's folder keeps; else None."""
+    file = Path(path) / MASK_FILE
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    part = {MASKED: "plan", PRUNED: "experts"}.get(str(found.get("kind")))
+    kept = found.get(part) if part else None
+    return keep_from_json(kept, str(file)) if isinstance(kept, dict) else None
+
+
 def read_masked(path: str | PathLike[str]) -> tuple[str, Keep] | None:
     """Base model and kept experts of a masked model's folder; None for any other path."""
     file = Path(path) / MASK_FILE
@@ -121,4 +133,5 @@ def read_masked(path: str | PathLike[str]) -> tuple[str, Keep] | None:
         raise DataError(
             f"{file} masks {base}, which does not exist; put the model back or mask it again"
         )
-    return base, keep_from_json(found.get("plan") or {}, str(file))
+    plan = found.get("plan")
+    return base, keep_from_json(plan if isinstance(plan, dict) else {}, str(file))

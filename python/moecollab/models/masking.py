@@ -45,6 +45,8 @@ def mask(
     """
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
+        if not isinstance(model, nn.Module) and Path(model).resolve() == Path(out).resolve():
+            raise DataError(f"{out} is the model itself; choose another output")
     keep = read_keep(plan)
     loaded, _ = load_model(model, dtype)
     masked = Mask(loaded, keep)

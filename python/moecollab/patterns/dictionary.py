@@ -46,10 +46,8 @@ class HSDL:
     atoms, since the objective alone would let it copy them; then both are fitted together.
 
     All terms of level 1 scale alike with the rows, so the weights need no change for rows of
-    another scale. The default weights were chosen on routing of a 16 B model (4 layers of 64
-    experts, 77 atoms) and on planted groups. There λ₁ = λ₂ = 300 gave no atom with a single member
-    (66% of them with λ₁ = 1), 8.9 members in 3.5 layers each, 11% of experts in no atom (32%), at a
-    relative error of 0.63 (0.49); of planted groups with 5% noise it found all and nothing else.
+    another scale. The default weights are equal, so that a lone expert never makes an atom; a small
+    λ₁ spends atoms on single experts.
 
     Parameters
     ----------
@@ -59,7 +57,7 @@ class HSDL:
     sparsity : float
         λ₁ ≥ 0, weight of the code sums. An atom with m members pays in a row where more than
         (m + λ₁/λ₂)/2 of them are active; with λ₁ = λ₂ a lone expert never pays, so that every atom
-        is a group. A small λ₁ lowers the error but spends many atoms on single experts.
+        is a group.
     reconstruction : float
         λ₂ > 0, weight of the errors. An atom is kept if the mean error it removes per row, times
         this, exceeds its largest code: with 300, if it nets one expert in 0.33% of the rows.

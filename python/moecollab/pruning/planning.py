@@ -161,6 +161,10 @@ class Plan:
         )
 
 
+_SAME = 1e-9
+"""Fractions nearer than this are the same."""
+
+
 def plan(
     scores: Scores | str | PathLike[str],
     *,
@@ -191,12 +195,19 @@ def plan(
     Raises
     ------
     PlanError
-        When the budget would leave a layer fewer experts than the router selects.
+        When the budget would leave a layer fewer experts than the router selects, or the scores
+        hold for another `drop` only.
     """
     _check_settings(drop, per)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     found = scores if isinstance(scores, Scores) else load_scores(scores)
+    made_for = found.settings.get("drop", drop)
+    if isinstance(made_for, float) and abs(made_for - drop) > _SAME:
+        raise PlanError(
+            f"these {found.criterion} scores hold for drop={made_for:g}, not {drop:g}; "
+            f"score again with drop={drop:g}"
+        )
     protected = _checked_sites(keep or {}, found)
     guarded = _mask(protected, found.layers, found.n_experts)
     choose = _choose_per_layer if per == "layer" else _choose_per_model
@@ -239,7 +250,7 @@ def plan_from_json(found: Mapping[str, Any], where: str) -> Plan:
             scores=None if scores is None else np.asarray(scores, dtype=np.float64),
             activations=found["inputs"].get("activations"),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as cause:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as cause:
         if isinstance(cause, PlanError | DataError | SettingsError):
             raise
         raise DataError(f"{where} is not a whole plan ({cause!r}); make it again") from cause
@@ -362,6 +373,8 @@ def _checked_sites(sites: Sites, scores: Scores) -> dict[int, tuple[int, ...]]:
 
 
 def _check_layer(layer: int, kept: tuple[int, ...], n_experts: int, top_k: int) -> None:
+    if top_k < 1:
+        raise PlanError(f"the plan has top_k={top_k}; a router selects at least one expert")
     if len(kept) < top_k:
         raise PlanError(
             f"layer {layer} would keep {len(kept)} experts but the router selects top_k={top_k}; "

@@ -15,12 +15,10 @@ from moecollab.errors import PlanError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.keep import Keep, check_keep, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
-from moecollab.models.masked import MASK_FILE, read_masked
+from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
 from moecollab.pruning.planning import Plan, load_plan
-
-PRUNED = "pruned model"
 
 
 def prune(

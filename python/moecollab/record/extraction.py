@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moecollab.errors import DataError, SettingsError
-from moecollab.manifest import manifest, refuse_existing
+from moecollab.manifest import digest_bytes, manifest, refuse_existing
 from moecollab.models.loading import ModelLike, digest_model, load_model
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.progress import Bar, track
@@ -140,8 +140,15 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         raise DataError("there is no tokenizer for this model; pass tokenizer=")
     run = _Run(loaded, reader, settings)
     samples = select_samples(text, run.tokenize, limit=tokens, seed=seed)
-    store = ShardStore(target, run.manifest(text, model))
-    _record(run, samples, store)
+    about = run.manifest(text, model)
+    # Another tokenizer or another choice of documents gives other tokens, so other shards.
+    about["inputs"]["tokens"] = digest_bytes(b"".join(sample.ids.tobytes() for sample in samples))
+    was_training = loaded.training
+    loaded.eval()
+    try:
+        _record(run, samples, ShardStore(target, about))
+    finally:
+        loaded.train(was_training)
     return load_activations(target)
 
 

@@ -24,7 +24,12 @@ class About:
     domain: str
     share: float
     lift: float
-    """Share over the domain's share of all tokens; 1 is chance."""
+    """Share over the domain's share of the rows that were fitted; 1 is chance."""
+
+    @property
+    def chance(self) -> float:
+        """The domain's share of the rows."""
+        return self.share / self.lift if self.lift > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class PatternMap:
     domains : tuple of str
         Domains.
     share, lift : float64 array of shape (n_names, n_domains)
-        Share of the pattern's use, and that over the domain's share of tokens.
+        Share of the pattern's use, and that over the domain's share of rows.
     """
 
     names: tuple[str, ...]
