@@ -23,6 +23,8 @@ def main() -> None:
     # MKL otherwise rounds small products differently for other numbers of threads, and a recording
     # would depend on them; it must be told before torch is imported.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    # Threads that spin while they wait starve each other when cores are busy with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _show_warning
     app()
