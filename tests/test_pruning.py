@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
-from moecollab.errors import OutputExistsError, PlanError
+from moecollab.errors import DataError, OutputExistsError, PlanError
 from moecollab.models.keep import Keep
 from moecollab.models.routing import find_moe_layers
 from moecollab.pruning import pruning
@@ -167,3 +168,14 @@ def test_pruned_model_can_be_recorded_and_pruned_again(tmp_path, texts):
     again = Keep(dict.fromkeys(range(3), (0, 4)), 5, 2)
     smaller = prune(tmp_path / "small", again, out=tmp_path / "smaller")
     assert find_moe_layers(smaller)[0].n_experts == 2
+
+
+def test_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    model = models.build("qwen2_moe")
+    monkeypatch.setattr(type(model), "save_pretrained", full)
+    with pytest.raises(DataError, match="could not be written"):
+        prune(model, plan_for(model, (0, 1, 2)), out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -9,9 +9,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
-from moecollab.errors import PlanError
+from moecollab.errors import DataError, PlanError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.keep import Keep, check_keep, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
@@ -112,7 +113,13 @@ def _count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:
 
 def _save(model: Any, folder: Path, tokenizer: Any, source: str) -> None:  # noqa: ANN401
     """Writes weights, configuration and tokenizer."""
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as cause:  # how a full disk shows itself
+        raise DataError(
+            f"the weights could not be written to {folder.parent} ({cause}); free space there or "
+            "choose another output"
+        ) from cause
     _write_aliases(model, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
