@@ -14,6 +14,7 @@ import moecollab as mc
 from moecollab.demo import MODEL, read_questions
 from moecollab.demo.demo import CRITERIA, DROPS
 from moecollab.demo.text import DOMAINS
+from moecollab.manifest import digest_file
 
 LOSS_OF_TEN = 3.913  # nats per token on the first ten held-out questions, when it was trained
 REPRODUCIBLE = ("activations", "collaboration", "scores", "plans", "plan.json")
@@ -37,13 +38,13 @@ def demo(tmp_path_factory):
     return run_demo(tmp_path_factory.mktemp("demo") / "two", threads=2)
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def files(folder: Path) -> dict[str, str]:
     found = {}
     for name in REPRODUCIBLE:
         path = folder / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file():
-                found[str(file.relative_to(folder))] = file.read_bytes()
+                found[str(file.relative_to(folder))] = digest_file(file)
     return found
 
 
