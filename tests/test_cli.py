@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -155,3 +156,25 @@ def test_ctrl_c_is_one_sentence(inside, monkeypatch, text, model_folder):
     code, _, error = inside("extract", model_folder, text, "--out", "out")
     assert code == 130
     assert "extract goes on" in error
+
+
+def test_interrupted_fit_keeps_the_best_and_says_so(inside, monkeypatch, text, model_folder):
+    assert inside("extract", model_folder, text, "--out", "acts")[0] == 0
+    whole = mc.HSDL.fit
+
+    def interrupted(settings, acts):
+        return replace(whole(settings, acts), stop_reason="interrupted")
+
+    monkeypatch.setattr(mc.HSDL, "fit", interrupted)
+    command = ("fit", "acts", "--out", "c", "--atoms", "2,3", "--rows", "sample")
+    code, _, error = inside(*command)
+    assert code == 130
+    assert "holds the best so far, --overwrite fits again" in error
+    assert mc.load_collaboration("c").stop_reason == "interrupted"
+    refused(inside(*command), "--overwrite")
+
+
+def test_model_path_that_is_not_there(inside, text):
+    refused(
+        inside("extract", "no/such/model", text, "--out", "acts"), "no/such/model does not exist"
+    )

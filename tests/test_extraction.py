@@ -398,3 +398,9 @@ def test_training_mode_is_given_back(model_folder, texts, tokenizer, tmp_path):
     model.train()
     extract(model, texts, out=tmp_path / "a", tokenizer=tokenizer)
     assert model.training
+
+
+def test_a_run_of_the_demos_size_has_shards_to_resume_from():
+    document = read_corpus(["x"]).documents[0]
+    samples = [windows.Sample(document, np.zeros(230, np.uint32)) for _ in range(171)]
+    assert len(windows.group_shards(samples)) >= 4

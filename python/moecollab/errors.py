@@ -71,7 +71,7 @@ class OutputExistsError(MoeCollabError):
     """Raised when an output is there already and ``overwrite`` was not given."""
 
     def __init__(self, path: object) -> None:
-        super().__init__(f"{path} exists; choose another output or pass overwrite")
+        super().__init__(f"{path} exists; choose another output or pass overwrite (--overwrite)")
         self.path = path
 
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:

@@ -110,6 +110,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     found.save(out, overwrite=overwrite)
     _say(f"{out}: {found!r}")
     if found.stop_reason == "interrupted":
+        typer.echo(f"stopped; {out} holds the best so far, --overwrite fits again", err=True)
         raise typer.Exit(130)
 
 

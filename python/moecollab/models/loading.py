@@ -126,6 +126,8 @@ def _plain(value: object) -> object:
 
 def _load_weights(path: str, dtype: str, *, moe: bool) -> Any:  # noqa: ANN401
     folder = Path(path)
+    if not folder.exists() and (path.count("/") > 1 or path.startswith(("/", ".", "~"))):
+        raise DataError(f"{path} does not exist; give the folder of a model or its hub name")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DataError(f"{path} holds no config.json; give the folder of a transformers model")
     with _explained(path):

@@ -12,7 +12,7 @@ from moecollab.errors import DataError
 from moecollab.record.corpus import Corpus, Document
 
 Tokenize = Callable[[str], NDArray[np.uint32]]
-SHARD_TOKENS = 32_768
+SHARD_TOKENS = 8_192  # what a killed run may lose; larger shards only save a few files
 
 
 @dataclass(frozen=True)
