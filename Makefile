@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DIGEST := $(shell cat pyproject.toml Cargo.toml Makefile | cksum | tr ' ' '-')
 RUST_SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
-PY_ENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE
+PY_ENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PIP_QUIET=1
 
 .PHONY: demo test dev fmt lint types bench docs ci clean
 

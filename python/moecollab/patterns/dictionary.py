@@ -70,7 +70,7 @@ class HSDL:
     tolerance : float
         A stage ends when an iteration lowers the objective by no more than this fraction, ≥ 0.
     seed : int
-        Seed of the starting atoms, in [0, 2⁶⁴).
+        Seed of the starting atoms, in [0, 2⁶³).
     threads : int, optional
         Threads; one per processor by default. The result is the same for any number.
 

@@ -69,7 +69,7 @@ class Activations:
     @property
     def layers(self) -> tuple[int, ...]:
         """The model's own indices of its MoE layers."""
-        return tuple(self.manifest["model"]["layers"])
+        return tuple(int(layer) for layer in self.manifest["model"]["layers"])
 
     @property
     def n_layers(self) -> int:

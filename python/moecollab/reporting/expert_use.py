@@ -14,8 +14,6 @@ from moecollab.record.activations import Activations
 
 ENOUGH = 20
 """Times an expert must be chosen before we say which domain it leans to."""
-RARE = 0.1
-"""An expert below this fraction of an even share counts as hardly used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +57,6 @@ class ExpertUse:
         """Domain that each expert prefers, or -1 if it was chosen too rarely to say."""
         best = self.lift.argmax(axis=0)
         return np.where(self.lift.max(axis=0) > 0, best, -1).astype(np.int64)
-
-    @property
-    def n_rare(self) -> int:
-        """Experts that get less than a tenth of an even share."""
-        return int((self.overall < RARE / self.n_experts).sum())
 
     def busiest(self, fraction: float) -> float:
         """Share of all routed weight that goes to the busiest experts of the model."""
