@@ -13,6 +13,8 @@ use crate::rows::Entry;
 
 /// Rows below which an atom is done by one worker.
 const ALONE: usize = 256;
+/// Codes of at least this fraction of the largest are near the cap.
+const NEAR: f32 = 0.5;
 
 /// What rows want of one atom: their free codes, and how the slope of their costs rises.
 #[derive(Debug, Default)]
@@ -30,16 +32,21 @@ impl Wishes {
     ///
     /// `points` are the breakpoints: where the member's residual is 0, weighted by the member.
     pub fn add(&mut self, points: &mut [Point], ratio: f64, scale: f64) {
+        self.add_from(points, ratio, scale, 0.0);
+    }
+
+    /// The same where codes may not be below `floor`.
+    fn add_from(&mut self, points: &mut [Point], ratio: f64, scale: f64, floor: f32) {
         let mass: f64 = points.iter().map(|point| f64::from(point.weight)).sum();
         points.sort_unstable_by(|a, b| a.at.total_cmp(&b.at));
         let mut slope = ratio - mass;
         let mut next = 0;
-        while next < points.len() && points[next].at <= 0.0 {
+        while next < points.len() && points[next].at <= floor {
             slope += 2.0 * f64::from(points[next].weight);
             next += 1;
         }
         self.slope += slope.min(0.0) * scale;
-        let mut free = 0.0;
+        let mut free = floor;
         for point in &points[next..] {
             if slope >= 0.0 {
                 break;
@@ -64,11 +71,22 @@ impl Wishes {
 
     /// The cap that minimises `m + sum of the rows' costs`; 0 if the atom is not worth its place.
     pub fn cap(&mut self) -> f32 {
+        self.cap_from(0.0)
+    }
+
+    /// The codes under the best cap of at least `floor`.
+    fn codes(mut self, floor: f32) -> Vec<f32> {
+        let cap = self.cap_from(floor);
+        self.free.iter().map(|free| free.min(cap)).collect()
+    }
+
+    /// The same among caps of at least the floor with which the rows were added.
+    fn cap_from(&mut self, floor: f32) -> f32 {
         if 1.0 + self.slope >= 0.0 {
-            return 0.0;
+            return floor;
         }
         let cap = quantile(&mut self.rises, -(1.0 + self.slope));
-        let highest = || self.free.iter().copied().fold(0.0, f32::max);
+        let highest = || self.free.iter().copied().fold(floor, f32::max);
         if cap.is_finite() { cap } else { highest() }
     }
 }
@@ -82,23 +100,44 @@ pub(crate) fn settle(level: &mut Level, pool: &Pool, lambda: Lambda) {
 }
 
 /// The same for one atom and its users.
+///
+/// The codes near the cap decide where it goes, unless it falls out of their reach.
 pub(crate) fn settle_atom(
     level: &mut Level,
     pool: &Pool,
     lambda: Lambda,
     (atom, users): (usize, &[Entry]),
 ) {
-    let mut wishes = wishes(level, pool, lambda, (atom, users));
-    let cap = wishes.cap();
+    let floor = NEAR * users.iter().map(|user| user.value).fold(0.0, f32::max);
+    let near: Vec<Entry> = users
+        .iter()
+        .copied()
+        .filter(|user| user.value >= floor)
+        .collect();
+    let found = wishes(level, pool, lambda, (atom, &near, floor)).codes(floor);
     level.caps[atom] = 0.0;
-    for (user, free) in users.iter().zip(&wishes.free) {
-        let value = free.min(cap);
+    if found.iter().any(|&code| code > floor) {
+        put(level, atom, &near, &found);
+    } else {
+        let found = wishes(level, pool, lambda, (atom, users, 0.0)).codes(0.0);
+        put(level, atom, users, &found);
+    }
+}
+
+/// Codes of some users of an atom, and the cap that follows.
+fn put(level: &mut Level, atom: usize, users: &[Entry], values: &[f32]) {
+    for (user, &value) in users.iter().zip(values) {
         set_code(&mut level.codes[user.index as usize], atom as u32, value);
         level.caps[atom] = level.caps[atom].max(value);
     }
 }
 
-fn wishes(level: &Level, pool: &Pool, lambda: Lambda, (atom, users): (usize, &[Entry])) -> Wishes {
+fn wishes(
+    level: &Level,
+    pool: &Pool,
+    lambda: Lambda,
+    (atom, users, floor): (usize, &[Entry], f32),
+) -> Wishes {
     let ratio = lambda.ratio();
     let coder = Coder {
         dictionary: &level.dictionary,
@@ -123,11 +162,8 @@ fn wishes(level: &Level, pool: &Pool, lambda: Lambda, (atom, users): (usize, &[E
                         weight: member.value,
                     }
                 }));
-                wishes.add(
-                    points,
-                    ratio,
-                    lambda.reconstruction * level.target.weight[row],
-                );
+                let scale = lambda.reconstruction * level.target.weight[row];
+                wishes.add_from(points, ratio, scale, floor);
             }
             wishes
         },

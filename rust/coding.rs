@@ -183,22 +183,44 @@ impl Coder<'_> {
         }
     }
 
-    /// The best value of one code, all others fixed.
+    /// The best value of one code, all others fixed; the nearest one if there are several.
+    ///
+    /// The slopes to either side only need the signs of the members' residuals, so a code that is
+    /// best already costs one pass; only a code that moves looks for its breakpoint.
     fn line(&self, desk: &mut Desk, atom: u32, old: f32) -> f32 {
         let members = self.dictionary.atom(atom as usize);
-        let target = (self.dictionary.mass(atom as usize) - self.ratio) / 2.0;
-        if target <= 0.0 {
-            return 0.0;
+        let (mut above, mut below) = (0.0_f32, 0.0_f32);
+        for member in members {
+            let rest = desk.residual[member.index as usize];
+            above += if rest > desk.flat { member.value } else { 0.0 };
+            below += if rest < -desk.flat { member.value } else { 0.0 };
         }
+        let mass = self.dictionary.mass(atom as usize);
+        let least = -1e-6 * mass;
+        let up = self.ratio + mass - 2.0 * f64::from(above);
+        let down = mass - self.ratio - 2.0 * f64::from(below);
+        let cap = self.caps[atom as usize];
+        if up < least && old < cap {
+            (old + self.reach(desk, atom, 1.0, -0.5 * up)).min(cap)
+        } else if down < least && old > 0.0 {
+            (old - self.reach(desk, atom, -1.0, -0.5 * down)).max(0.0)
+        } else {
+            old
+        }
+    }
+
+    /// How far a code can go in one direction until its slope has risen by twice `rise`.
+    fn reach(&self, desk: &mut Desk, atom: u32, sign: f32, rise: f64) -> f32 {
         desk.points.clear();
-        desk.points.extend(members.iter().map(|member| {
-            let rest = desk.residual[member.index as usize] + member.value * old;
-            Point {
-                at: rest / member.value,
-                weight: member.value,
+        for member in self.dictionary.atom(atom as usize) {
+            let rest = sign * desk.residual[member.index as usize];
+            if rest > desk.flat {
+                let at = rest / member.value;
+                let weight = member.value;
+                desk.points.push(Point { at, weight });
             }
-        }));
-        quantile(&mut desk.points, target).clamp(0.0, self.caps[atom as usize])
+        }
+        quantile(&mut desk.points, rise)
     }
 
     /// The unused atom that lowers the row's cost most, with its code.

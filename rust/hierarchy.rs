@@ -57,7 +57,12 @@ pub fn fit(rows: Rows, params: &ValidParams, watch: &mut Watcher) -> Result<Fit>
             start_from_pieces(&mut level, &pieces(above, &shop.pool, n_atoms));
         }
         if matches!(stop, StopReason::Tolerance | StopReason::MaxIterations) {
-            stop = worse(stop, shop.fit_level(&mut level, at + 1));
+            let reached = if at == 0 {
+                shop.fit_first(&mut level)
+            } else {
+                shop.fit_level(&mut level, at + 1, &format!("level {}", at + 1))
+            };
+            stop = worse(stop, reached);
         }
         target = next_target(&level);
         levels.push(level);

@@ -32,6 +32,7 @@ mod search;
 mod seeding;
 mod single;
 mod stage;
+mod start;
 mod update;
 
 #[cfg(feature = "python")]

@@ -35,6 +35,19 @@ impl Rng {
             .partition_point(|&sum| sum <= at)
             .min(cumulative.len() - 1)
     }
+
+    /// `count` distinct indices below `n`, ascending.
+    pub fn distinct(&mut self, n: usize, count: usize) -> Vec<u32> {
+        let mut all: Vec<u32> = (0..n as u32).collect();
+        let count = count.min(n);
+        for at in 0..count {
+            let other = at + (self.next() % (n - at) as u64) as usize;
+            all.swap(at, other);
+        }
+        all.truncate(count);
+        all.sort_unstable();
+        all
+    }
 }
 
 #[cfg(test)]

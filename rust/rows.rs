@@ -100,6 +100,21 @@ impl Rows {
         &self.entries[self.starts[row]..self.starts[row + 1]]
     }
 
+    /// Some of the rows, in the order given.
+    pub(crate) fn pick(&self, rows: &[u32]) -> Self {
+        let mut starts = vec![0];
+        let mut entries = Vec::new();
+        for &row in rows {
+            entries.extend_from_slice(self.row(row as usize));
+            starts.push(entries.len());
+        }
+        Self {
+            starts,
+            entries,
+            n_sites: self.n_sites,
+        }
+    }
+
     /// For each site the rows that hold it.
     pub(crate) fn columns(&self) -> Self {
         let mut starts = vec![0; self.n_sites + 1];

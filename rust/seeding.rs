@@ -31,9 +31,12 @@ pub(crate) fn grow(
     let free: Vec<usize> = (0..level.n_atoms())
         .filter(|&atom| level.caps[atom] <= 0.0)
         .collect();
+    if free.is_empty() {
+        return 0;
+    }
     let mut left = leftovers(level, pool, lambda);
     let rows = Rows::from_lists(&left, level.dictionary.n_sites());
-    if free.is_empty() || rows.is_empty() {
+    if rows.is_empty() {
         return 0;
     }
     let columns = rows.columns();

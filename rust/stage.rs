@@ -10,6 +10,7 @@ use crate::parallel::Pool;
 use crate::params::{Lambda, ValidParams};
 use crate::rng::Rng;
 use crate::seeding::grow;
+use crate::start::{sample, sample_sizes, start_from_level, start_from_rows};
 use crate::update::{Pull, update};
 
 /// One in this many atoms is exchanged at a time.
@@ -94,13 +95,61 @@ impl<'a, 'b> Workshop<'a, 'b> {
         go_on
     }
 
-    /// Fits one level to its target, from the atoms it has.
-    ///
-    pub fn fit_level(&mut self, level: &mut Level, number: usize) -> StopReason {
-        let stage = format!("level {number}");
+    /// Fits level 1: on samples of growing size, then on all rows.
+    pub fn fit_first(&mut self, level: &mut Level) -> StopReason {
+        let (lambda, mut known) = (self.lambda(), None);
+        for n in sample_sizes(level.n_rows(), level.n_atoms()) {
+            let mut part = sample(level, n, &mut self.rng(1, n));
+            let stage = format!("level 1 on {n} rows");
+            let stop = self.fit_from(&mut part, known.take(), &stage);
+            if stop == StopReason::Interrupted {
+                start_from_level(level, &self.pool, lambda, part);
+                return stop;
+            }
+            known = Some(part);
+        }
+        self.fit_from(level, known, "level 1")
+    }
+
+    /// Fits a level from the atoms of another, or from rows of its own.
+    fn fit_from(&mut self, level: &mut Level, known: Option<Level>, stage: &str) -> StopReason {
+        let lambda = self.lambda();
+        if let Some(known) = known {
+            start_from_level(level, &self.pool, lambda, known);
+            self.refine(level, stage)
+        } else {
+            let mut rng = self.rng(1, 0);
+            start_from_rows(level, &self.pool, lambda, &mut rng);
+            self.fit_level(level, 1, stage)
+        }
+    }
+
+    fn rng(&self, level: usize, round: usize) -> Rng {
+        Rng::new(self.params.seed, level, round)
+    }
+
+    /// Block steps alone, until they lower the objective by less than the tolerance.
+    fn refine(&mut self, level: &mut Level, stage: &str) -> StopReason {
         let mut last = terms(level, &self.pool, self.lambda()).total;
         for iteration in 1..=self.params.max_iterations {
-            let mut rng = Rng::new(self.params.seed, number, iteration);
+            self.improve(level);
+            let now = terms(level, &self.pool, self.lambda());
+            if !self.note(stage, iteration, now) {
+                return StopReason::Interrupted;
+            }
+            if last - now.total <= self.params.tolerance * last {
+                return StopReason::Tolerance;
+            }
+            last = now.total;
+        }
+        StopReason::MaxIterations
+    }
+
+    /// Fits one level to its target, from the atoms it has, with all moves.
+    pub fn fit_level(&mut self, level: &mut Level, number: usize, stage: &str) -> StopReason {
+        let mut last = terms(level, &self.pool, self.lambda()).total;
+        for iteration in 1..=self.params.max_iterations {
+            let mut rng = self.rng(number, iteration);
             let least = 1e-7 * last;
             grow(level, &self.pool, self.lambda(), &mut rng, least);
             self.improve(level);
@@ -111,7 +160,7 @@ impl<'a, 'b> Workshop<'a, 'b> {
                 self.exchange(level, &weakest, &mut rng);
                 now = terms(level, &self.pool, self.lambda());
             }
-            if !self.note(&stage, iteration, now) {
+            if !self.note(stage, iteration, now) {
                 return StopReason::Interrupted;
             }
             if last - now.total <= self.params.tolerance * last {
@@ -156,7 +205,11 @@ impl<'a, 'b> Workshop<'a, 'b> {
             return;
         }
         let before = terms(level, &self.pool, self.lambda()).total;
-        let old = level.clone();
+        let old = (
+            level.dictionary.clone(),
+            level.codes.clone(),
+            level.caps.clone(),
+        );
         let mut mover = Mover::new(level, &self.pool, self.lambda(), 0.0);
         for &atom in &weakest[..n] {
             mover.discard(atom);
@@ -166,7 +219,7 @@ impl<'a, 'b> Workshop<'a, 'b> {
         grow(level, &self.pool, self.lambda(), rng, 1e-7 * before);
         self.improve(level);
         if terms(level, &self.pool, self.lambda()).total >= before {
-            *level = old;
+            (level.dictionary, level.codes, level.caps) = old;
         }
     }
 

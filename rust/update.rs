@@ -136,38 +136,88 @@ impl Update<'_> {
         entries
     }
 
-    /// The best value of one entry, all others fixed; the smallest one if there are several.
+    /// The best value of one entry, all others fixed; the nearest one if there are several.
+    ///
+    /// As for codes, an entry that is best already costs one pass over the signs.
     fn line(&self, desk: &mut Desk, site: usize, entry: Entry) -> f32 {
         let atom = entry.index as usize;
+        let (mut above, mut below) = (0.0_f64, 0.0_f64);
+        for user in &self.users[atom] {
+            let row = user.index as usize;
+            let weight = self.level.target.weight[row] * f64::from(user.value);
+            above += if desk.residual[row] > FLAT {
+                weight
+            } else {
+                0.0
+            };
+            below += if desk.residual[row] < -FLAT {
+                weight
+            } else {
+                0.0
+            };
+        }
+        let pull = self.pulled(site, entry);
+        if let Some(pull) = pull {
+            above += if pull.at > 0.0 {
+                f64::from(pull.weight)
+            } else {
+                0.0
+            };
+            below += if pull.at < 0.0 {
+                f64::from(pull.weight)
+            } else {
+                0.0
+            };
+        }
+        let mass = self.mass[atom];
+        let (up, down, least) = (mass - 2.0 * above, mass - 2.0 * below, -1e-9 * mass);
+        if up < least && entry.value < 1.0 {
+            (entry.value + self.reach(desk, atom, pull, 1.0, -0.5 * up)).min(1.0)
+        } else if down < least && entry.value > 0.0 {
+            (entry.value - self.reach(desk, atom, pull, -1.0, -0.5 * down)).max(0.0)
+        } else {
+            entry.value
+        }
+    }
+
+    /// Where the finer level pulls an entry to, from where it is, and how strongly.
+    fn pulled(&self, site: usize, entry: Entry) -> Option<Point> {
+        let pull = self.pull?;
+        let found = pull.sites[site].binary_search_by_key(&entry.index, |entry| entry.index);
+        let to = found.map_or(0.0, |at| pull.sites[site][at].value);
+        Some(Point {
+            at: to - entry.value,
+            weight: pull.weight[entry.index as usize] as f32,
+        })
+    }
+
+    /// How far an entry can go in one direction until its slope has risen by twice `rise`.
+    fn reach(
+        &self,
+        desk: &mut Desk,
+        atom: usize,
+        pull: Option<Point>,
+        sign: f32,
+        rise: f64,
+    ) -> f32 {
         desk.points.clear();
         for user in &self.users[atom] {
             let row = user.index as usize;
-            let weight = (self.level.target.weight[row] * f64::from(user.value)) as f32;
-            let rest = desk.residual[row] + entry.value * user.value;
-            desk.points.push(Point {
-                at: rest / user.value,
-                weight,
-            });
+            let rest = sign * desk.residual[row];
+            if rest > FLAT {
+                let weight = (self.level.target.weight[row] * f64::from(user.value)) as f32;
+                let at = rest / user.value;
+                desk.points.push(Point { at, weight });
+            }
         }
-        if let Some(pull) = self.pull {
-            let found = pull.sites[site].binary_search_by_key(&entry.index, |entry| entry.index);
-            let at = found.map_or(0.0, |at| pull.sites[site][at].value);
-            desk.points.push(Point {
-                at,
-                weight: pull.weight[atom] as f32,
-            });
+        if let Some(pull) = pull
+            && sign * pull.at > 0.0
+        {
+            let (at, weight) = (sign * pull.at, pull.weight);
+            desk.points.push(Point { at, weight });
         }
-        let mass: f64 = desk
-            .points
-            .iter()
-            .map(|point| f64::from(point.weight))
-            .sum();
-        let best = quantile(&mut desk.points, 0.5 * mass);
-        if best.is_finite() {
-            best.clamp(0.0, 1.0)
-        } else {
-            0.0
-        }
+        let reach = quantile(&mut desk.points, rise);
+        if reach.is_finite() { reach } else { 1.0 }
     }
 }
 
