@@ -14,6 +14,8 @@ const FLAT: f32 = 1e-5;
 const SHORTLIST: usize = 6;
 const SWEEPS: usize = 12;
 const NEWCOMERS: usize = 96;
+/// Newcomers with this fraction of the best one's gain come in with it.
+const NEARLY: f64 = 0.5;
 /// No atom is barred.
 pub(crate) const NONE: u32 = u32::MAX;
 
@@ -32,7 +34,6 @@ pub(crate) struct Desk {
     marked: Vec<bool>,
     touched: Vec<u32>,
     score: Vec<f32>,
-    scored: Vec<u32>,
     points: Vec<Point>,
     flat: f32,
 }
@@ -45,7 +46,6 @@ impl Desk {
             marked: vec![false; n_sites],
             touched: Vec::new(),
             score: vec![0.0; n_atoms],
-            scored: Vec::new(),
             points: Vec::new(),
             flat: 0.0,
         }
@@ -151,14 +151,9 @@ impl Coder<'_> {
     fn descend(&self, desk: &mut Desk, codes: &mut Vec<Entry>, barred: u32) {
         for _ in 0..NEWCOMERS {
             self.sweep(desk, codes);
-            let Some(newcomer) = self.newcomer(desk, codes, barred) else {
+            if !self.admit(desk, codes, barred) {
                 break;
-            };
-            desk.add(
-                self.dictionary.atom(newcomer.index as usize),
-                -newcomer.value,
-            );
-            codes.push(newcomer);
+            }
         }
         codes.retain(|code| code.value > 0.0);
         codes.sort_unstable_by_key(|code| code.index);
@@ -223,57 +218,66 @@ impl Coder<'_> {
         quantile(&mut desk.points, rise)
     }
 
-    /// The unused atom that lowers the row's cost most, with its code.
-    fn newcomer(&self, desk: &mut Desk, codes: &[Entry], barred: u32) -> Option<Entry> {
-        self.rate(desk);
-        let mut shortlist = self.shortlist(desk, codes, barred);
-        let (mut best, mut most) = (None, f64::from(desk.flat));
-        for index in shortlist.drain(..) {
-            let value = self.line(desk, index, 0.0);
-            let gain = self.gain(desk, index, value);
-            if gain > most {
-                (best, most) = (Some(Entry { index, value }), gain);
+    /// Gives codes to unused atoms: the one that lowers the row's cost most, and others nearly as good.
+    fn admit(&self, desk: &mut Desk, codes: &mut Vec<Entry>, barred: u32) -> bool {
+        let mut list = self.shortlist(desk, codes, barred);
+        for candidate in &mut list {
+            candidate.0 = self.trial(desk, candidate.1).1;
+        }
+        list.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+        let enough = f64::max(
+            list.first().map_or(0.0, |best| NEARLY * best.0),
+            f64::from(desk.flat),
+        );
+        let before = codes.len();
+        for &(_, index) in &list {
+            let (value, gain) = self.trial(desk, index);
+            if gain > enough {
+                desk.add(self.dictionary.atom(index as usize), -value);
+                codes.push(Entry { index, value });
             }
         }
-        best
+        codes.len() > before
+    }
+
+    /// The best code of an unused atom and what it gains.
+    fn trial(&self, desk: &mut Desk, atom: u32) -> (f32, f64) {
+        let value = self.line(desk, atom, 0.0);
+        (value, self.gain(desk, atom, value))
+    }
+
+    /// Atoms whose code would grow from zero, with how steeply the cost would fall; a few steepest.
+    fn shortlist(&self, desk: &mut Desk, codes: &[Entry], barred: u32) -> Vec<(f64, u32)> {
+        self.rate(desk);
+        let mut list: Vec<(f64, u32)> = Vec::with_capacity(SHORTLIST + 1);
+        let mut least = f64::from(desk.flat);
+        for (atom, &score) in desk.score.iter().enumerate() {
+            let slope = 2.0 * f64::from(score) - self.dictionary.mass(atom) - self.ratio;
+            let steep = slope * f64::from(self.caps[atom]);
+            let index = atom as u32;
+            if steep <= least || index == barred || codes.iter().any(|code| code.index == index) {
+                continue;
+            }
+            let place = list.partition_point(|other| other.0 >= steep);
+            list.insert(place, (steep, index));
+            if list.len() > SHORTLIST {
+                list.pop();
+                least = list[SHORTLIST - 1].0;
+            }
+        }
+        list
     }
 
     /// For each atom the mass of its members that still have something to explain.
     fn rate(&self, desk: &mut Desk) {
-        for atom in desk.scored.drain(..) {
-            desk.score[atom as usize] = 0.0;
-        }
+        desk.score.fill(0.0);
         for &site in &desk.touched {
-            if desk.residual[site as usize] <= desk.flat {
-                continue;
-            }
-            for entry in self.dictionary.at(site as usize) {
-                let score = &mut desk.score[entry.index as usize];
-                if *score <= 0.0 {
-                    desk.scored.push(entry.index);
+            if desk.residual[site as usize] > desk.flat {
+                for entry in self.dictionary.at(site as usize) {
+                    desk.score[entry.index as usize] += entry.value;
                 }
-                *score += entry.value;
             }
         }
-    }
-
-    /// Atoms whose code would grow from zero, steepest first.
-    fn shortlist(&self, desk: &Desk, codes: &[Entry], barred: u32) -> Vec<u32> {
-        let mut list: Vec<(f64, u32)> = Vec::new();
-        for &atom in &desk.scored {
-            let at = atom as usize;
-            let slope = 2.0 * f64::from(desk.score[at]) - self.dictionary.mass(at) - self.ratio;
-            let steep = slope * f64::from(self.caps[at]);
-            if steep <= f64::from(desk.flat) || atom == barred {
-                continue;
-            }
-            if !codes.iter().any(|code| code.index == atom) {
-                list.push((steep, atom));
-            }
-        }
-        list.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        list.truncate(SHORTLIST);
-        list.into_iter().map(|(_, atom)| atom).collect()
     }
 
     /// How much the row's cost falls when an unused atom gets this code.

@@ -60,7 +60,7 @@ pub fn fit(rows: Rows, params: &ValidParams, watch: &mut Watcher) -> Result<Fit>
             let reached = if at == 0 {
                 shop.fit_first(&mut level)
             } else {
-                shop.fit_level(&mut level, at + 1, &format!("level {}", at + 1))
+                shop.fit_finer(&mut level, at + 1)
             };
             stop = worse(stop, reached);
         }

@@ -7,10 +7,13 @@ use crate::coding::{Coder, Desk};
 use crate::level::{Level, set_code};
 use crate::parallel::Pool;
 use crate::params::Lambda;
+use crate::rng::Rng;
 use crate::rows::{Entry, Lists};
 
 /// Rows that one round of moves may recode, as a multiple of all rows.
 const BUDGET: usize = 4;
+/// Rows that are repaired in one round at most.
+const MOST_ROWS: usize = 4096;
 /// Two atoms go together when they share this fraction of the smaller one's use.
 const TOGETHER: f64 = 0.4;
 
@@ -41,10 +44,12 @@ impl<'a> Mover<'a> {
     }
 
     /// Recodes all rows thoroughly: also from nothing, and with each atom taken out in turn.
-    pub fn repair(&mut self) {
-        let rows: Vec<u32> = (0..self.level.n_rows() as u32).collect();
+    pub fn repair(&mut self, rng: &mut Rng) {
+        let rows = rng.distinct(self.level.n_rows(), MOST_ROWS);
         let codes = self.recoded(&rows, &|row| self.level.codes[row].clone(), true);
-        self.level.codes = codes;
+        for (&row, codes) in rows.iter().zip(codes) {
+            self.level.codes[row as usize] = codes;
+        }
         self.level.tighten();
     }
 
@@ -55,7 +60,7 @@ impl<'a> Mover<'a> {
         let usage = self.level.usage();
         let mut order: Vec<usize> = (0..usage.len()).filter(|&atom| usage[atom] > 0.0).collect();
         order.sort_by(|&a, &b| usage[a].total_cmp(&usage[b]));
-        let (mut budget, mut stay) = (BUDGET * self.level.n_rows(), Vec::new());
+        let (mut budget, mut stay) = (BUDGET * self.level.n_rows().min(MOST_ROWS), Vec::new());
         for atom in order {
             let rows = self.rows_using(&[atom]);
             if rows.len() > budget {
@@ -82,7 +87,7 @@ impl<'a> Mover<'a> {
 
     /// Tries to replace one atom of each pair that goes together by the union of both.
     pub fn join(&mut self) -> usize {
-        let (mut budget, mut n_joined) = (BUDGET * self.level.n_rows(), 0);
+        let (mut budget, mut n_joined) = (BUDGET * self.level.n_rows().min(MOST_ROWS), 0);
         for (first, second) in self.pairs() {
             let rows = self.rows_using(&[first, second]);
             let alive = |atom: usize| !self.level.dictionary.atom(atom).is_empty();

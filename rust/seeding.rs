@@ -11,15 +11,18 @@ use crate::level::{Level, set_code};
 use crate::parallel::Pool;
 use crate::params::Lambda;
 use crate::rng::Rng;
-use crate::rows::{Entry, Lists, Rows};
+use crate::rows::{Entry, Lists};
 use crate::search::{search, seeds};
 use crate::single::{Leftover, Proposal, Scratch, breakpoints, conclude, fall};
 
+/// Rows that are looked at for one round at most.
+const MOST_ROWS: usize = 8192;
 /// Seeds of a round at most, for small dictionaries.
 const SEEDS: usize = 32;
 
 /// Puts new atoms into free places while each lowers the objective by more than `least`.
 ///
+/// Of many rows a sample is looked at; the others take up the new atoms when they are next coded.
 /// Returns how many were put in.
 pub(crate) fn grow(
     level: &mut Level,
@@ -34,48 +37,46 @@ pub(crate) fn grow(
     if free.is_empty() {
         return 0;
     }
-    let mut left = leftovers(level, pool, lambda);
-    let rows = Rows::from_lists(&left, level.dictionary.n_sites());
-    if rows.is_empty() {
-        return 0;
-    }
-    let columns = rows.columns();
-    let weight = &level.target.weight;
-    let leftover = Leftover {
-        rows,
-        columns,
-        weight,
-        lambda,
-    };
-    let seeds = seeds(
-        &leftover,
-        2 * free.len().min(SEEDS.max(level.n_atoms() / 2)),
-        rng,
-    );
-    let scratch = || Scratch::new(leftover.rows.len(), leftover.rows.n_sites());
-    let mut found = pool.map(seeds.len(), scratch, |scratch, at| {
-        search(&leftover, scratch, seeds[at])
-    });
-    found.sort_by(|a, b| b.gain.total_cmp(&a.gain));
+    let picked = rng.distinct(level.n_rows(), MOST_ROWS);
+    let factor = level.n_rows() as f64 / picked.len() as f64;
+    let weight: Vec<f64> = picked
+        .iter()
+        .map(|&row| factor * level.target.weight[row as usize])
+        .collect();
+    let mut left = leftovers(level, pool, lambda, &picked);
+    let leftover = Leftover::new(&left, level.dictionary.n_sites(), &weight, lambda);
+    let n_seeds = 2 * free.len().min(SEEDS.max(level.n_atoms() / 2));
     let mut free = free.into_iter();
     let mut n_new = 0;
-    for proposal in found {
+    for proposal in proposals(&leftover, pool, n_seeds, rng) {
         if free.len() == 0 || proposal.gain <= least {
             break;
         }
-        let proposal = refit(&proposal, &left, &level.target.weight, lambda);
+        let proposal = refit(&proposal, &left, &weight, lambda);
         if proposal.gain > least
             && let Some(atom) = free.next()
         {
-            accept(level, &mut left, atom, proposal);
+            explain(&mut left, &proposal);
+            accept(level, &picked, atom, proposal);
             n_new += 1;
         }
     }
     n_new
 }
 
-/// The positive residual of every row, by site.
-fn leftovers(level: &Level, pool: &Pool, lambda: Lambda) -> Lists {
+/// Single atoms found from many seeds, the most valuable first.
+fn proposals(left: &Leftover, pool: &Pool, n_seeds: usize, rng: &mut Rng) -> Vec<Proposal> {
+    let seeds = seeds(left, n_seeds, rng);
+    let scratch = || Scratch::new(left.rows.len(), left.rows.n_sites());
+    let mut found = pool.map(seeds.len(), scratch, |scratch, at| {
+        search(left, scratch, seeds[at])
+    });
+    found.sort_by(|a, b| b.gain.total_cmp(&a.gain));
+    found
+}
+
+/// The positive residual of some rows, by site.
+fn leftovers(level: &Level, pool: &Pool, lambda: Lambda, rows: &[u32]) -> Lists {
     let ratio = lambda.ratio();
     let coder = Coder {
         dictionary: &level.dictionary,
@@ -83,7 +84,8 @@ fn leftovers(level: &Level, pool: &Pool, lambda: Lambda) -> Lists {
         ratio,
     };
     let desk = || Desk::new(level.dictionary.n_sites(), 0);
-    pool.map(level.n_rows(), desk, |desk, row| {
+    pool.map(rows.len(), desk, |desk, at| {
+        let row = rows[at] as usize;
         if level.target.weight[row] <= 0.0 {
             return Vec::new();
         }
@@ -94,22 +96,26 @@ fn leftovers(level: &Level, pool: &Pool, lambda: Lambda) -> Lists {
     })
 }
 
-/// Puts an atom in place and takes what it explains off the leftovers.
-fn accept(level: &mut Level, left: &mut Lists, atom: usize, proposal: Proposal) {
-    level.caps[atom] = proposal
-        .users
-        .iter()
-        .map(|user| user.value)
-        .fold(0.0, f32::max);
+/// Takes what a new atom explains off the leftovers.
+fn explain(left: &mut Lists, proposal: &Proposal) {
     for user in &proposal.users {
-        let row = user.index as usize;
-        set_code(&mut level.codes[row], atom as u32, user.value);
+        let rest = &mut left[user.index as usize];
         for member in &proposal.members {
-            if let Ok(at) = left[row].binary_search_by_key(&member.index, |entry| entry.index) {
-                left[row][at].value -= user.value * member.value;
+            if let Ok(at) = rest.binary_search_by_key(&member.index, |entry| entry.index) {
+                rest[at].value -= user.value * member.value;
             }
         }
-        left[row].retain(|entry| entry.value > 1e-6);
+        rest.retain(|entry| entry.value > 1e-6);
+    }
+}
+
+/// Puts an atom in place; its users are places in `rows`.
+fn accept(level: &mut Level, rows: &[u32], atom: usize, proposal: Proposal) {
+    level.caps[atom] = 0.0;
+    for user in &proposal.users {
+        level.caps[atom] = level.caps[atom].max(user.value);
+        let row = rows[user.index as usize] as usize;
+        set_code(&mut level.codes[row], atom as u32, user.value);
     }
     level.dictionary.set(atom, proposal.members);
 }

@@ -3,7 +3,7 @@
 use crate::caps::Wishes;
 use crate::median::{Point, quantile};
 use crate::params::Lambda;
-use crate::rows::{Entry, Rows};
+use crate::rows::{Entry, Lists, Rows};
 
 const REFINEMENTS: usize = 5;
 
@@ -104,7 +104,19 @@ impl Scratch {
     }
 }
 
-impl Leftover<'_> {
+impl<'a> Leftover<'a> {
+    /// What is left of rows of these weights.
+    pub fn new(left: &Lists, n_sites: usize, weight: &'a [f64], lambda: Lambda) -> Self {
+        let rows = Rows::from_lists(left, n_sites);
+        let columns = rows.columns();
+        Self {
+            rows,
+            columns,
+            weight,
+            lambda,
+        }
+    }
+
     /// A single atom fitted from a set of sites by alternating exact steps.
     pub fn refine(&self, scratch: &mut Scratch, sites: &[u32]) -> Proposal {
         let member = |&index: &u32| Entry { index, value: 1.0 };

@@ -15,6 +15,9 @@ use crate::update::{Pull, update};
 
 /// One in this many atoms is exchanged at a time.
 const EXCHANGED: usize = 16;
+/// Moves begin when block steps gain less than this many tolerances, and a sample's fit ends there:
+/// what it would gain later hardly holds for all rows.
+const COARSE: f64 = 10.0;
 
 /// What one iteration reached.
 #[derive(Debug, Clone, PartialEq)]
@@ -97,13 +100,12 @@ impl<'a, 'b> Workshop<'a, 'b> {
 
     /// Fits level 1: on samples of growing size, then on all rows.
     pub fn fit_first(&mut self, level: &mut Level) -> StopReason {
-        let (lambda, mut known) = (self.lambda(), None);
+        let mut known = None;
         for n in sample_sizes(level.n_rows(), level.n_atoms()) {
             let mut part = sample(level, n, &mut self.rng(1, n));
-            let stage = format!("level 1 on {n} rows");
-            let stop = self.fit_from(&mut part, known.take(), &stage);
+            let stop = self.fit_from(&mut part, known, &format!("level 1 on {n} rows"));
             if stop == StopReason::Interrupted {
-                start_from_level(level, &self.pool, lambda, part);
+                start_from_level(level, &self.pool, self.lambda(), part);
                 return stop;
             }
             known = Some(part);
@@ -116,37 +118,33 @@ impl<'a, 'b> Workshop<'a, 'b> {
         let lambda = self.lambda();
         if let Some(known) = known {
             start_from_level(level, &self.pool, lambda, known);
-            self.refine(level, stage)
-        } else {
-            let mut rng = self.rng(1, 0);
-            start_from_rows(level, &self.pool, lambda, &mut rng);
-            self.fit_level(level, 1, stage)
+            return self.descend(level, 1, (stage, 1.0), false);
         }
+        let mut rng = self.rng(1, 0);
+        start_from_rows(level, &self.pool, lambda, &mut rng);
+        let coarse = if stage == "level 1" { 1.0 } else { COARSE };
+        self.descend(level, 1, (stage, coarse), true)
+    }
+
+    /// Fits a finer level to its target, from the atoms it has.
+    pub fn fit_finer(&mut self, level: &mut Level, number: usize) -> StopReason {
+        self.descend(level, number, (&format!("level {number}"), 1.0), true)
     }
 
     fn rng(&self, level: usize, round: usize) -> Rng {
         Rng::new(self.params.seed, level, round)
     }
 
-    /// Block steps alone, until they lower the objective by less than the tolerance.
-    fn refine(&mut self, level: &mut Level, stage: &str) -> StopReason {
-        let mut last = terms(level, &self.pool, self.lambda()).total;
-        for iteration in 1..=self.params.max_iterations {
-            self.improve(level);
-            let now = terms(level, &self.pool, self.lambda());
-            if !self.note(stage, iteration, now) {
-                return StopReason::Interrupted;
-            }
-            if last - now.total <= self.params.tolerance * last {
-                return StopReason::Tolerance;
-            }
-            last = now.total;
-        }
-        StopReason::MaxIterations
-    }
-
-    /// Fits one level to its target, from the atoms it has, with all moves.
-    pub fn fit_level(&mut self, level: &mut Level, number: usize, stage: &str) -> StopReason {
+    /// Growth, block steps and, if asked for, moves until the objective falls by less than the
+    /// tolerance times `coarse`.
+    fn descend(
+        &mut self,
+        level: &mut Level,
+        number: usize,
+        (stage, coarse): (&str, f64),
+        moves: bool,
+    ) -> StopReason {
+        let tolerance = self.params.tolerance;
         let mut last = terms(level, &self.pool, self.lambda()).total;
         for iteration in 1..=self.params.max_iterations {
             let mut rng = self.rng(number, iteration);
@@ -154,8 +152,8 @@ impl<'a, 'b> Workshop<'a, 'b> {
             grow(level, &self.pool, self.lambda(), &mut rng, least);
             self.improve(level);
             let mut now = terms(level, &self.pool, self.lambda());
-            if last - now.total < 10.0 * self.params.tolerance * last {
-                let weakest = self.escape(level, least);
+            if moves && last - now.total < COARSE * tolerance * last {
+                let weakest = self.escape(level, least, &mut rng);
                 self.improve(level);
                 self.exchange(level, &weakest, &mut rng);
                 now = terms(level, &self.pool, self.lambda());
@@ -163,7 +161,7 @@ impl<'a, 'b> Workshop<'a, 'b> {
             if !self.note(stage, iteration, now) {
                 return StopReason::Interrupted;
             }
-            if last - now.total <= self.params.tolerance * last {
+            if last - now.total <= coarse * tolerance * last {
                 return StopReason::Tolerance;
             }
             last = now.total;
@@ -181,10 +179,10 @@ impl<'a, 'b> Workshop<'a, 'b> {
     }
 
     /// Moves that coordinate steps cannot make. Returns the least valuable atoms.
-    fn escape(&self, level: &mut Level, least: f64) -> Vec<usize> {
+    fn escape(&self, level: &mut Level, least: f64, rng: &mut Rng) -> Vec<usize> {
         let may_join = !level.finer;
         let mut mover = Mover::new(level, &self.pool, self.lambda(), least);
-        mover.repair();
+        mover.repair(rng);
         if may_join {
             mover.join();
         }
