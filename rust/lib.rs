@@ -17,6 +17,7 @@ mod caps;
 mod coding;
 mod contribution;
 mod dictionary;
+mod encoding;
 mod error;
 mod hierarchy;
 mod level;
@@ -39,6 +40,7 @@ mod update;
 mod py;
 
 pub use contribution::{Ranking, rank_contributions};
+pub use encoding::Codebook;
 pub use error::{Error, Result};
 pub use hierarchy::{Fit, FittedLevel, fit};
 pub use objective::Terms;

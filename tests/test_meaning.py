@@ -5,7 +5,8 @@ import polars as pl
 import pytest
 
 from moecollab.errors import DataError, SettingsError
-from moecollab.patterns.collaboration import Codes, Collaboration, Level
+from moecollab.patterns.codes import Codes
+from moecollab.patterns.collaboration import Collaboration, Level
 from moecollab.patterns.dictionary import HSDL
 from moecollab.patterns.meaning import SCHEMA, TokenUse, describe, row_strength
 from moecollab.record.activations import Activations

@@ -6,7 +6,7 @@ from typing import TypedDict, type_check_only
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["caep_ranking", "fit_dictionary"]
+__all__ = ["caep_ranking", "encode", "fit_dictionary"]
 
 @type_check_only
 class FitSettings(TypedDict):
@@ -77,6 +77,30 @@ def fit_dictionary(
     watch : callable
         Called with every history row. KeyboardInterrupt, raised there or pending, ends the fit
         with the best result so far; any other exception is passed on.
+    """
+
+def encode(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    atoms: NDArray[np.float32],
+    peak: NDArray[np.float32],
+    ratio: float,
+    threads: int,
+) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
+    """Codes of sparse rows on fixed atoms: row pointers, atoms ascending within a row, values.
+
+    Parameters
+    ----------
+    rows : tuple of arrays
+        Row pointers int64 (n_rows + 1,), sites uint32 (nnz,) ascending within a row, and values
+        float32 (nnz,) that are finite and not negative.
+    atoms : float32 array of shape (n_atoms, n_sites)
+        Atoms, in [0, 1].
+    peak : float32 array of shape (n_atoms,)
+        Largest code allowed for each atom, ≥ 0; infinity for none.
+    ratio : float
+        λ₁ over λ₂: the price of a code in units of absolute error, ≥ 0.
+    threads : int
+        Threads; 0 for one per processor. The result is the same for any number.
     """
 
 def caep_ranking(

@@ -4,8 +4,10 @@ use numpy::{
     Element, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods,
 };
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
-use crate::rows::Entry;
+use crate::py::errors;
+use crate::rows::{Entry, Rows};
 
 /// The values of a contiguous array of one type and dimension.
 pub(crate) fn view<'a, T: Element>(
@@ -52,6 +54,22 @@ pub(crate) fn array<'py, T: Element>(
             format!("{name} is {got}; pass a numpy array of {expected}"),
         )
     })
+}
+
+/// Pointers, sites and values of sparse rows.
+type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+
+/// Checked rows from a tuple of pointers, sites and values.
+pub(crate) fn rows(rows: &Bound<PyTuple>, n_sites: usize) -> PyResult<Rows> {
+    let (indptr, sites, values): Arrays = rows.extract()?;
+    let pointers = array::<i64>(&indptr, "indptr")?;
+    let sites = array::<u32>(&sites, "sites")?;
+    let values = array::<f32>(&values, "values")?;
+    let pointers_view = view(&pointers, "indptr", 1)?;
+    let sites_view = view(&sites, "sites", 1)?;
+    let values_view = view(&values, "values", 1)?;
+    Rows::new(pointers_view, sites_view, values_view, n_sites)
+        .map_err(|error| errors::to_python(rows.py(), &error))
 }
 
 fn shape_error(py: Python, message: String) -> PyErr {

@@ -8,7 +8,6 @@ use pyo3::types::{PyDict, PyList, PyTuple};
 use crate::hierarchy::{Fit, FittedLevel, fit};
 use crate::params::Params;
 use crate::py::{arrays, errors};
-use crate::rows::Rows;
 use crate::stage::Record;
 
 /// Settings as Python passes them.
@@ -38,9 +37,6 @@ impl From<Settings> for Params {
     }
 }
 
-/// Pointers, sites and values of sparse rows.
-type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
-
 /// Fits levels of atoms to sparse rows; `watch` is called with each history record.
 #[pyfunction]
 pub(crate) fn fit_dictionary<'py>(
@@ -51,7 +47,7 @@ pub(crate) fn fit_dictionary<'py>(
     watch: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let core = |error| errors::to_python(py, &error);
-    let rows = checked(rows, n_sites)?;
+    let rows = arrays::rows(rows, n_sites)?;
     let params = Params::from(settings).check().map_err(core)?;
     let watch = watch.clone().unbind();
     let mut failure = None;
@@ -72,18 +68,6 @@ pub(crate) fn fit_dictionary<'py>(
         Some(error) => Err(error),
         None => plain(py, &result.map_err(core)?, n_sites),
     }
-}
-
-fn checked(rows: &Bound<PyTuple>, n_sites: usize) -> PyResult<Rows> {
-    let (indptr, sites, values): Arrays = rows.extract()?;
-    let pointers = arrays::array::<i64>(&indptr, "indptr")?;
-    let sites = arrays::array::<u32>(&sites, "sites")?;
-    let values = arrays::array::<f32>(&values, "values")?;
-    let pointers_view = arrays::view(&pointers, "indptr", 1)?;
-    let sites_view = arrays::view(&sites, "sites", 1)?;
-    let values_view = arrays::view(&values, "values", 1)?;
-    Rows::new(pointers_view, sites_view, values_view, n_sites)
-        .map_err(|error| errors::to_python(rows.py(), &error))
 }
 
 /// Shows a record; false when the user has pressed Ctrl-C.

@@ -1,6 +1,7 @@
 //! The Python module `_core`: arrays in, plain dictionaries of arrays out.
 
 mod arrays;
+mod encoding;
 mod errors;
 mod fitting;
 
@@ -14,6 +15,8 @@ use crate::contribution::rank_contributions;
 mod _core {
     #[pymodule_export]
     use super::caep_ranking;
+    #[pymodule_export]
+    use super::encoding::encode;
     #[pymodule_export]
     use super::fitting::fit_dictionary;
 }

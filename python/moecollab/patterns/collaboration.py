@@ -6,38 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.errors import SettingsError
+from moecollab.patterns.codes import Codes
+
+if TYPE_CHECKING:
+    from moecollab.record.activations import Activations
+    from moecollab.record.rows import Rows
 
 History: TypeAlias = tuple[dict[str, Any], ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Codes:
-    """How every row is written in atoms of level 1: compressed sparse rows, ascending by atom.
-
-    Parameters
-    ----------
-    indptr : int64 array of shape (n_rows + 1,)
-        Row `i` owns entries ``indptr[i]:indptr[i + 1]``.
-    atom : uint32 array of shape (nnz,)
-        Atom of each entry.
-    value : float32 array of shape (nnz,)
-        Code, > 0.
-    """
-
-    indptr: NDArray[np.int64]
-    atom: NDArray[np.uint32]
-    value: NDArray[np.float32]
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.indptr) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +165,33 @@ class Collaboration:
             word = "made of" if other > level else "part of"
             lines.append(f"  {word} level {other}, atom {relative} ({part:.2f})")
         return "\n".join(lines)
+
+    def transform(
+        self, acts: Activations | Rows, *, level: int = 1, threads: int | None = None
+    ) -> Codes:
+        """Codes of other rows on these atoms.
+
+        At level 1 a row's codes descend on λ₁ Σ r + λ₂ ‖x − D r‖₁ from nothing, by exact steps,
+        with no code above the largest that was fitted; at finer levels they follow the links.
+
+        Parameters
+        ----------
+        acts : Activations or Rows
+            New activations, taken with the grain and weights of the fit, or rows of the same sites.
+        level : int
+            Level whose atoms are wanted, from 1.
+        threads : int, optional
+            Threads; one per processor by default. The result is the same for any number.
+
+        Raises
+        ------
+        SettingsError
+            When there is no such level, or the rows have other sites.
+        """
+        from moecollab.patterns.transform import encode
+
+        self._level(level)
+        return encode(self, acts, level, threads)
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the collaboration as a folder, whole or not at all.

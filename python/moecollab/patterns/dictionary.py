@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.errors import ConvergenceWarning, DataError, SettingsError
-from moecollab.patterns.collaboration import Codes, Collaboration, Level
+from moecollab.patterns.codes import Codes
+from moecollab.patterns.collaboration import Collaboration, Level
 from moecollab.patterns.storage import load_collaboration
 from moecollab.progress import track
 from moecollab.record.activations import Activations, Grain, Weights

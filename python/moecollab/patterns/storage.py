@@ -20,7 +20,8 @@ from moecollab.manifest import (
     new_folder,
     read_json,
 )
-from moecollab.patterns.collaboration import Codes, Collaboration, Level
+from moecollab.patterns.codes import Codes
+from moecollab.patterns.collaboration import Collaboration, Level
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

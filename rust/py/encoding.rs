@@ -1,0 +1,33 @@
+//! `encode`: codes of rows on fixed atoms.
+
+use numpy::PyUntypedArrayMethods;
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::encoding::Codebook;
+use crate::py::arrays::{self, Compressed};
+use crate::py::errors;
+
+/// Codes of sparse rows on fixed atoms, as compressed rows.
+#[pyfunction]
+pub(crate) fn encode<'py>(
+    py: Python<'py>,
+    rows: &Bound<'py, PyTuple>,
+    atoms: &Bound<'py, PyAny>,
+    peak: &Bound<'py, PyAny>,
+    ratio: f64,
+    threads: usize,
+) -> PyResult<Compressed<'py>> {
+    let core = |error| errors::to_python(py, &error);
+    let atoms = arrays::array::<f32>(atoms, "atoms")?;
+    let peak = arrays::array::<f32>(peak, "peak")?;
+    let (atoms_view, peak_view) = (
+        arrays::view(&atoms, "atoms", 2)?,
+        arrays::view(&peak, "peak", 1)?,
+    );
+    let n_sites = atoms.shape()[1];
+    let book = Codebook::new(atoms_view, peak_view, n_sites, ratio).map_err(core)?;
+    let rows = arrays::rows(rows, n_sites)?;
+    let codes = py.detach(|| book.encode(&rows, threads)).map_err(core)?;
+    Ok(arrays::compressed(py, &codes))
+}
