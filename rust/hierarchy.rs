@@ -336,7 +336,7 @@ mod tests {
             let fitted = |threads| fit(rows(&picks), &params(threads, sparsity), &mut |_| true);
             let one = fitted(1).unwrap();
             for pair in one.history.windows(2).filter(|pair| pair[0].stage == pair[1].stage) {
-                prop_assert!(pair[1].terms.total <= pair[0].terms.total * (1.0 + 1e-6));
+                prop_assert!(pair[1].terms.total <= pair[0].terms.total * (1.0 + 1e-6), "{pair:?}");
             }
             for level in &one.levels {
                 let inside = |entry: &Entry| entry.value > 0.0 && entry.value <= 1.0;

@@ -104,7 +104,9 @@ impl<'a> Mover<'a> {
 
     /// Replaces `atom` by its union with `other`, which stays for rows that need it alone.
     fn join_into(&mut self, atom: usize, other: usize, users: &[u32]) -> bool {
-        let union = self.union(atom, other, users);
+        let Some(union) = self.union(atom, other, users) else {
+            return false;
+        };
         let (index, second) = (atom as u32, other as u32);
         let start = |codes: &[Entry]| {
             let of = |index: u32| {
@@ -130,8 +132,8 @@ impl<'a> Mover<'a> {
         self.attempt(&[(atom, union), (other, same)], users, &start) < -self.least
     }
 
-    /// Members of both atoms, in the proportion in which rows use them together.
-    fn union(&self, atom: usize, other: usize, users: &[u32]) -> Vec<Entry> {
+    /// Members of both atoms, in the proportion in which rows use them together, if any still do.
+    fn union(&self, atom: usize, other: usize, users: &[u32]) -> Option<Vec<Entry>> {
         let (mut one, mut two) = (0.0, 0.0);
         for &row in users {
             let codes = &self.level.codes[row as usize];
@@ -146,6 +148,9 @@ impl<'a> Mover<'a> {
             }
         }
         let largest = f32::max(one, two);
+        if largest <= 0.0 {
+            return None;
+        }
         let mut members: Vec<Entry> = Vec::new();
         for (atom, factor) in [(atom, one / largest), (other, two / largest)] {
             for entry in self.level.dictionary.atom(atom) {
@@ -156,7 +161,7 @@ impl<'a> Mover<'a> {
                 }
             }
         }
-        members
+        Some(members)
     }
 
     /// Pairs of atoms that go together, closest first.
