@@ -69,23 +69,23 @@ impl Wishes {
         self.rises.extend_from_slice(&other.rises);
     }
 
-    /// The cap that minimises `m + sum of the rows' costs`; 0 if the atom is not worth its place.
-    pub fn cap(&mut self) -> f32 {
-        self.cap_from(0.0)
+    /// The cap that minimises `price * m + sum of the rows' costs`; 0 if the atom is not worth it.
+    pub fn cap(&mut self, price: f64) -> f32 {
+        self.cap_from(price, 0.0)
     }
 
     /// The codes under the best cap of at least `floor`.
-    fn codes(mut self, floor: f32) -> Vec<f32> {
-        let cap = self.cap_from(floor);
+    fn codes(mut self, price: f64, floor: f32) -> Vec<f32> {
+        let cap = self.cap_from(price, floor);
         self.free.iter().map(|free| free.min(cap)).collect()
     }
 
     /// The same among caps of at least the floor with which the rows were added.
-    fn cap_from(&mut self, floor: f32) -> f32 {
-        if 1.0 + self.slope >= 0.0 {
+    fn cap_from(&mut self, price: f64, floor: f32) -> f32 {
+        if price + self.slope >= 0.0 {
             return floor;
         }
-        let cap = quantile(&mut self.rises, -(1.0 + self.slope));
+        let cap = quantile(&mut self.rises, -(price + self.slope));
         let highest = || self.free.iter().copied().fold(floor, f32::max);
         if cap.is_finite() { cap } else { highest() }
     }
@@ -114,12 +114,14 @@ pub(crate) fn settle_atom(
         .copied()
         .filter(|user| user.value >= floor)
         .collect();
-    let found = wishes(level, pool, lambda, (atom, &near, floor)).codes(floor);
+    let found =
+        wishes(level, pool, lambda, (atom, &near, floor)).codes(lambda.dictionary_size, floor);
     level.caps[atom] = 0.0;
     if found.iter().any(|&code| code > floor) {
         put(level, atom, &near, &found);
     } else {
-        let found = wishes(level, pool, lambda, (atom, users, 0.0)).codes(0.0);
+        let found =
+            wishes(level, pool, lambda, (atom, users, 0.0)).codes(lambda.dictionary_size, 0.0);
         put(level, atom, users, &found);
     }
 }
@@ -209,7 +211,7 @@ mod tests {
             for row in &rows {
                 wishes.add(&mut points(row), ratio, 1.0);
             }
-            let found = cost(&rows, ratio, wishes.cap(), &wishes.free);
+            let found = cost(&rows, ratio, wishes.cap(1.0), &wishes.free);
             // All breakpoints are integers, so is an optimal cap and an optimal code.
             for cap in 0..6_i8 {
                 let cap = f32::from(cap);

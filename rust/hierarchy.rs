@@ -315,6 +315,7 @@ mod tests {
         let (atoms, reconstruction) = (vec![6, 8], 30.0);
         let all = Params {
             atoms,
+            dictionary_size: 1.0,
             sparsity,
             reconstruction,
             max_iterations,

@@ -279,7 +279,7 @@ impl<'a> Mover<'a> {
             level.target.weight[row] * coder.cost(desk, &level.codes[row])
         });
         let caps: f64 = level.caps.iter().map(|&cap| f64::from(cap)).sum();
-        caps + self.lambda.reconstruction * rows
+        self.lambda.dictionary_size * caps + self.lambda.reconstruction * rows
     }
 
     fn coder(&self) -> Coder<'_> {

@@ -13,7 +13,7 @@ pub struct Terms {
     pub sparsity: f64,
     /// Weighted mean over rows of the absolute error.
     pub reconstruction: f64,
-    /// `dictionary_size + lambda1 * sparsity + lambda2 * reconstruction`.
+    /// The sum of the terms times their weights.
     pub total: f64,
 }
 
@@ -35,8 +35,9 @@ pub(crate) fn terms(level: &Level, pool: &Pool, lambda: Lambda) -> Terms {
     let dictionary_size = dictionary_size(level);
     let sparsity = sparsity(level);
     let reconstruction = reconstruction(level, pool);
-    let total =
-        dictionary_size + lambda.sparsity * sparsity + lambda.reconstruction * reconstruction;
+    let total = lambda.dictionary_size * dictionary_size
+        + lambda.sparsity * sparsity
+        + lambda.reconstruction * reconstruction;
     Terms {
         dictionary_size,
         sparsity,

@@ -3,10 +3,10 @@
 //! The objective (arXiv:2504.12359, eq. 4 to 7, with sums written out), K levels, rows are tokens:
 //!
 //! ```text
-//! L =  sum_k sum_i max_c R_k[i, c]                                              (dictionary size)
+//! L =  s sum_k sum_i max_c R_k[i, c]                                            (dictionary size)
 //!    + lambda1 sum_k (1/N_k) sum_j u_k[j] |R_{k+1}[:, j]|_1                      (sparsity)
 //!    + lambda2 sum_k (1/N_k) sum_j u_k[j] |D_k[:, j] - D_{k+1} R_{k+1}[:, j]|_1  (reconstruction)
-//! D_0 = X, R_0 = identity, u_k[j] = |R_k[j, :]|_1, N_k = columns of R_k, D in [0, 1], R >= 0
+//! s = 1, D_0 = X, R_0 = identity, u_k[j] = |R_k[j, :]|_1, N_k = columns of R_k, D in [0, 1], R >= 0
 //! ```
 //!
 //! `u_k` is held fixed within a stage and refreshed between stages.
@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 pub struct Params {
     /// Atoms of each level, coarse to fine.
     pub atoms: Vec<usize>,
+    /// Weight of the dictionary size; the paper's is 1, at 0 no atom is switched off.
+    pub dictionary_size: f64,
     /// Weight of the code sparsity, the paper's lambda 1.
     pub sparsity: f64,
     /// Weight of the reconstruction error, the paper's lambda 2.
@@ -64,6 +66,12 @@ impl Params {
             }
         };
         at_least(
+            "dictionary_size",
+            self.dictionary_size,
+            self.dictionary_size >= 0.0,
+            "finite and at least 0",
+        )?;
+        at_least(
             "sparsity",
             self.sparsity,
             self.sparsity >= 0.0,
@@ -101,9 +109,10 @@ impl std::ops::Deref for ValidParams {
     }
 }
 
-/// The two weights of the objective.
+/// The weights of the objective.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Lambda {
+    pub dictionary_size: f64,
     pub sparsity: f64,
     pub reconstruction: f64,
 }
@@ -125,6 +134,7 @@ mod tests {
         let atoms = vec![2, 3];
         Params {
             atoms,
+            dictionary_size: 1.0,
             sparsity,
             reconstruction,
             max_iterations,
@@ -132,6 +142,19 @@ mod tests {
             seed,
             threads,
         }
+    }
+
+    #[test]
+    fn names_a_negative_weight_of_the_size() {
+        let dictionary_size = -1.0;
+        let bad = Params {
+            dictionary_size,
+            ..good()
+        };
+        assert!(
+            bad.check()
+                .is_err_and(|error| error.to_string().contains("dictionary_size"))
+        );
     }
 
     #[test]

@@ -137,6 +137,7 @@ fn refit(proposal: &Proposal, left: &Lists, weight: &[f64], lambda: Lambda) -> P
         proposal.members.clone(),
         rows,
         wishes,
+        lambda.dictionary_size,
         |row, value, members| {
             let fall =
                 fall(members, &left[row as usize], value) - lambda.ratio() * f64::from(value);

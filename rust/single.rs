@@ -37,9 +37,10 @@ pub(crate) fn conclude(
     members: Vec<Entry>,
     rows: impl Iterator<Item = u32>,
     mut wishes: Wishes,
+    price: f64,
     gain: impl Fn(u32, f32, &[Entry]) -> f64,
 ) -> Proposal {
-    let cap = wishes.cap();
+    let cap = wishes.cap(price);
     let users: Vec<Entry> = rows
         .zip(&wishes.free)
         .map(|(index, free)| Entry {
@@ -56,7 +57,7 @@ pub(crate) fn conclude(
     Proposal {
         members,
         users,
-        gain: sum - f64::from(peak),
+        gain: sum - price * f64::from(peak),
     }
 }
 
@@ -160,11 +161,18 @@ impl<'a> Leftover<'a> {
                 rows.push(row);
             }
         }
-        conclude(members, rows.into_iter(), wishes, |row, value, members| {
-            let fall = fall(members, self.rows.row(row as usize), value);
-            let scale = self.lambda.reconstruction * self.weight[row as usize];
-            scale * (fall - ratio * f64::from(value))
-        })
+        let price = self.lambda.dictionary_size;
+        conclude(
+            members,
+            rows.into_iter(),
+            wishes,
+            price,
+            |row, value, members| {
+                let fall = fall(members, self.rows.row(row as usize), value);
+                let scale = self.lambda.reconstruction * self.weight[row as usize];
+                scale * (fall - ratio * f64::from(value))
+            },
+        )
     }
 
     /// Members by weighted medians over the rows that use the atom, scaled to a largest one of 1.

@@ -81,6 +81,7 @@ impl<'a, 'b> Workshop<'a, 'b> {
     /// The weights of the objective.
     pub fn lambda(&self) -> Lambda {
         Lambda {
+            dictionary_size: self.params.dictionary_size,
             sparsity: self.params.sparsity,
             reconstruction: self.params.reconstruction,
         }

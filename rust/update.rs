@@ -266,7 +266,7 @@ mod tests {
         ) {
             let pool = Pool::new(1).unwrap();
             let error = |level: &Level| {
-                let lambda = Lambda { sparsity: 0.0, reconstruction: 1.0 };
+                let lambda = Lambda { dictionary_size: 1.0, sparsity: 0.0, reconstruction: 1.0 };
                 terms(level, &pool, lambda).reconstruction
             };
             let mut level = level(&x, &atoms, &codes);

@@ -112,7 +112,7 @@ def test_sample_rows_are_means_over_tokens(acts, weights):
 
 
 def test_wrong_names(acts):
-    with pytest.raises(SettingsError, match="grain is 'word'; it must be 'token' or 'sample'"):
+    with pytest.raises(SettingsError, match="grain is 'word'; it must be 'token', 'sample', 'sample_sum'"):
         acts.rows("word")
     with pytest.raises(SettingsError, match="weights is 'square'"):
         acts.rows("token", "square")
@@ -258,3 +258,10 @@ def test_rows():
 def test_rows_are_checked(changes, message):
     with pytest.raises(DataError, match=message):
         rows_of(**changes)
+
+
+def test_sample_sums_are_the_means_times_the_lengths(acts):
+    mean, total = acts.rows("sample").dense(), acts.rows("sample_sum").dense()
+    length = acts.samples()["n_tokens"].to_numpy()
+    assert total == pytest.approx(mean * length[:, None], rel=1e-5)
+    assert total.sum(axis=1) == pytest.approx(length * acts.n_layers, rel=1e-5)

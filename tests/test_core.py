@@ -16,6 +16,7 @@ from reference import caep as slow_caep
 
 SETTINGS = {
     "atoms": [8],
+    "dictionary_size": 1.0,
     "sparsity": 1.0,
     "reconstruction": 100.0,
     "max_iterations": 5,

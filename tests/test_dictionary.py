@@ -291,6 +291,7 @@ def test_wrong_shapes_types_and_versions_are_told(collab, tmp_path):
         ("atoms", (4, 0)),
         ("atoms", (2.5,)),
         ("atoms", 16),
+        ("dictionary_size", -1),
         ("sparsity", -0.1),
         ("sparsity", "much"),
         ("reconstruction", 0.0),
@@ -349,3 +350,14 @@ def test_repr_says_what_matters(collab):
     assert "level 1: " in text
     assert "400 rows × 96 sites" in text
     assert "stopped by tolerance" in text
+
+
+def test_without_a_price_of_size_more_atoms_live_at_no_larger_error():
+    """Claim A4: it is the row maxima that switch atoms off."""
+    x, _ = planted(n_rows=400, noise=0.01, seed=3)
+    settings = {"atoms": (64,), "sparsity": 0.1, "reconstruction": 10.0, "threads": 1}
+    paid, free = (HSDL(dictionary_size=s, **settings).fit(as_rows(x)) for s in (1.0, 0.0))
+    assert free.live(1).sum() > paid.live(1).sum()
+    assert free.history[-1]["reconstruction"] <= paid.history[-1]["reconstruction"]
+    parts = free.history[-1]
+    assert parts["total"] == pytest.approx(0.1 * parts["sparsity"] + 10 * parts["reconstruction"])

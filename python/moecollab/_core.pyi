@@ -13,6 +13,7 @@ class FitSettings(TypedDict):
     """What to fit and how long; every key is needed."""
 
     atoms: Sequence[int]
+    dictionary_size: float
     sparsity: float
     reconstruction: float
     max_iterations: int

@@ -15,6 +15,7 @@ use crate::stage::Record;
 #[pyo3(from_item_all)]
 pub(crate) struct Settings {
     atoms: Vec<usize>,
+    dictionary_size: f64,
     sparsity: f64,
     reconstruction: f64,
     max_iterations: usize,
@@ -27,6 +28,7 @@ impl From<Settings> for Params {
     fn from(from: Settings) -> Self {
         Self {
             atoms: from.atoms,
+            dictionary_size: from.dictionary_size,
             sparsity: from.sparsity,
             reconstruction: from.reconstruction,
             max_iterations: from.max_iterations,

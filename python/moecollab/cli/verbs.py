@@ -77,9 +77,12 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     atoms: Annotated[
         str | None, typer.Option(help="Groups per level, coarse to fine: 64,128")
     ] = None,
+    dictionary_size: Annotated[float, typer.Option(help="Weight of the number of groups")] = 1.0,
     sparsity: Annotated[float, typer.Option(help="Weight of the code sparsity (lambda 1)")] = 300.0,
     reconstruction: Annotated[float, typer.Option(help="Weight of the error (lambda 2)")] = 300.0,
-    rows: Annotated[Literal["token", "sample"], typer.Option(help="What a row is")] = "token",
+    rows: Annotated[
+        Literal["token", "sample", "sample_sum"], typer.Option(help="What a row is")
+    ] = "token",
     weights: Annotated[
         Literal["renormalised", "raw", "binary", "output"], typer.Option(help="What an entry is")
     ] = "renormalised",
@@ -96,6 +99,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     refuse_existing(out, overwrite=overwrite)
     settings = mc.HSDL(
         atoms=_numbers("atoms", atoms),
+        dictionary_size=dictionary_size,
         sparsity=sparsity,
         reconstruction=reconstruction,
         rows=rows,

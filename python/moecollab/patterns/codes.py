@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from moecollab.record.rows import Matrix
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -47,6 +49,13 @@ class Codes:
 
         row = self.row.astype(np.uint32)
         return pl.DataFrame({"row": row, "atom": self.atom, "value": self.value})
+
+    def matrix(self, n_atoms: int) -> Matrix:
+        """The same as a float32 scipy.sparse.csr_array of shape (n_rows, n_atoms)."""
+        from scipy.sparse import csr_array
+
+        parts = (self.value, self.atom.astype(np.int64), self.indptr)
+        return csr_array(parts, shape=(self.n_rows, n_atoms))
 
     def through(self, links: NDArray[np.float32]) -> Codes:
         """Codes one level down, by way of what the atoms are made of.

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from moecollab.errors import ConvergenceWarning, DataError, SettingsError
 from moecollab.patterns.codes import Codes
 from moecollab.patterns.collaboration import Collaboration, Level
+from moecollab.patterns.estimator import Estimator
 from moecollab.patterns.storage import load_collaboration
 from moecollab.progress import track
 from moecollab.record.activations import Activations, Grain, Weights
-from moecollab.record.rows import Rows
+from moecollab.record.rows import Matrix, Rows
 
 if TYPE_CHECKING:
     from moecollab._core import Fit, FittedLevel, HistoryRow
@@ -29,14 +30,14 @@ MOST_ATOMS = (512, 2048)
 SMALLEST = float(np.finfo(np.float64).tiny)
 
 
-@dataclass(frozen=True, kw_only=True)
-class HSDL:
+@dataclass(kw_only=True)
+class HSDL(Estimator):
     """Settings of hierarchical sparse dictionary learning (arXiv:2504.12359).
 
     Rows X (tokens or samples over experts) are written as codes times atoms, and the atoms of each
     level as codes times finer atoms, so that the sum over levels of
 
-    - the largest code of each atom (dictionary size: atoms that do not pay are switched off),
+    - dictionary_size times the largest code of each atom (atoms that do not pay are switched off),
     - sparsity times the usage-weighted mean of code sums,
     - reconstruction times the usage-weighted mean of absolute errors
 
@@ -45,6 +46,9 @@ class HSDL:
     block steps by weighted medians, with moves that add, join, remove and exchange atoms; within a
     stage the objective never rises. Level 1 is fitted first; level 2 starts from pieces of its
     atoms, since the objective alone would let it copy them; then both are fitted together.
+
+    Level 1 starts from rows of the data: on a sample if there are many rows, where all moves are
+    tried, then on all of them with block steps alone.
 
     All terms of level 1 scale alike with the rows, so the weights need no change for rows of
     another scale. The default weights are equal, so that a lone expert never makes an atom; a small
@@ -55,6 +59,8 @@ class HSDL:
     atoms : tuple of int, optional
         Atoms of each level, coarse to fine. By default 0.3 and 1.2 times the number of experts, at
         most 512 and 2048 and no more than there are rows.
+    dictionary_size : float
+        Weight of the dictionary size, ≥ 0: 1 in the paper; at 0 no atom is switched off.
     sparsity : float
         λ₁ ≥ 0, weight of the code sums. An atom with m members pays in a row where more than
         (m + λ₁/λ₂)/2 of them are active; with λ₁ = λ₂ a lone expert never pays, so that every atom
@@ -62,8 +68,8 @@ class HSDL:
     reconstruction : float
         λ₂ > 0, weight of the errors. An atom is kept if the mean error it removes per row, times
         this, exceeds its largest code: with 300, if it nets one expert in 0.33% of the rows.
-    rows : {"token", "sample"}
-        What a row of activations stands for.
+    rows : {"token", "sample", "sample_sum"}
+        What a row of activations stands for: see :meth:`moecollab.Activations.rows`.
     weights : {"renormalised", "raw", "binary", "output"}
         What an entry of activations is.
     max_iterations : int
@@ -82,6 +88,7 @@ class HSDL:
     """
 
     atoms: tuple[int, ...] | None = None
+    dictionary_size: float = 1.0
     sparsity: float = 300.0
     reconstruction: float = 300.0
     rows: Grain = "token"
@@ -95,9 +102,11 @@ class HSDL:
         """Checks every field."""
         if self.atoms is not None:
             _check_atoms(self.atoms)
-        _check_real("sparsity", self.sparsity, 0.0, "a finite number of at least 0")
+        at_least = "a finite number of at least 0"
+        _check_real("dictionary_size", self.dictionary_size, 0.0, at_least)
+        _check_real("sparsity", self.sparsity, 0.0, at_least)
         _check_real("reconstruction", self.reconstruction, SMALLEST, "a finite number above 0")
-        _check_real("tolerance", self.tolerance, 0.0, "a finite number of at least 0")
+        _check_real("tolerance", self.tolerance, 0.0, at_least)
         for name, kinds in (("rows", get_args(Grain)), ("weights", get_args(Weights))):
             if getattr(self, name) not in kinds:
                 raise SettingsError(name, getattr(self, name), f"one of {', '.join(kinds)}")
@@ -106,13 +115,16 @@ class HSDL:
         if self.threads is not None:
             _check_whole("threads", self.threads, 1)
 
-    def fit(self, acts: Activations | Rows) -> Collaboration:
+    def fit(self, acts: Activations | Rows | Matrix, y: object = None) -> Collaboration:  # noqa: ARG002
         """Groups of experts in activations or in rows made of them.
 
         Parameters
         ----------
-        acts : Activations or Rows
-            What the routers did. Rows know no layers: all their sites count as one layer's.
+        acts : Activations, Rows, or matrix of shape (n_rows, n_sites)
+            What the routers did. Rows and matrices (dense or SciPy sparse) know no layers: all
+            their sites count as one layer's.
+        y : ignored
+            There so that a scikit-learn pipeline can pass it.
 
         Raises
         ------
@@ -126,11 +138,13 @@ class HSDL:
         ConvergenceWarning
             When the fit was stopped before its tolerance was met; the result is the best so far.
         """
+        self.__post_init__()
         if isinstance(acts, Activations):
             matrix = acts.rows(self.rows, self.weights)
             layers, n_experts, digest = acts.layers, acts.n_experts, acts.digest()
         else:
-            matrix, layers, n_experts, digest = acts, (0,), acts.n_sites, None
+            matrix = acts if isinstance(acts, Rows) else Rows.of(acts)
+            layers, n_experts, digest = (0,), matrix.n_sites, None
         n_rows = len(matrix.indptr) - 1
         atoms = self._atoms(n_rows, matrix.n_sites)
         found = self._run(matrix, atoms)
@@ -148,6 +162,7 @@ class HSDL:
         )
         if not collab.converged:
             warnings.warn(_warning(collab, self.tolerance), ConvergenceWarning, stacklevel=2)
+        self.collaboration_ = collab
         return collab
 
     def _atoms(self, n_rows: int, n_sites: int) -> tuple[int, ...]:
@@ -176,6 +191,7 @@ class HSDL:
                 matrix.n_sites,
                 {
                     "atoms": atoms,
+                    "dictionary_size": float(self.dictionary_size),
                     "sparsity": float(self.sparsity),
                     "reconstruction": float(self.reconstruction),
                     "max_iterations": self.max_iterations,

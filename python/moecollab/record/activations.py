@@ -32,7 +32,7 @@ from moecollab.record.schema import (
 )
 from moecollab.record.tallies import Tallies, load_tallies
 
-Grain: TypeAlias = Literal["token", "sample"]
+Grain: TypeAlias = Literal["token", "sample", "sample_sum"]
 Weights: TypeAlias = Literal["renormalised", "raw", "binary", "output"]
 
 
@@ -144,9 +144,10 @@ class Activations:
 
         Parameters
         ----------
-        grain : {"token", "sample"}
-            What a row stands for. A sample's row is the sum of its tokens' rows divided by its
-            number of tokens.
+        grain : {"token", "sample", "sample_sum"}
+            What a row stands for. A "sample_sum" row is the sum of a sample's token rows (eq. 1 of
+            arXiv:2504.12359), a "sample" row the same divided by its number of tokens, so that
+            long samples count no more than short ones.
         weights : {"renormalised", "raw", "binary", "output"}
             The values: routing weights divided by their sum within the token and layer, as they
             are, 1 for each routed expert, or weight times norm of the expert's output.
@@ -157,7 +158,7 @@ class Activations:
             When "output" is asked for and norms were not recorded.
         """
         if grain not in get_args(Grain):
-            raise SettingsError("grain", grain, " or ".join(map(repr, get_args(Grain))))
+            raise SettingsError("grain", grain, ", ".join(map(repr, get_args(Grain))))
         if weights not in get_args(Weights):
             raise SettingsError("weights", weights, ", ".join(map(repr, get_args(Weights))))
         if weights == "output" and not self.has_norms:
@@ -165,7 +166,9 @@ class Activations:
                 "weights='output' needs norms of expert outputs, which were not recorded; "
                 "extract again with norms=True"
             )
-        return self._token_rows(weights) if grain == "token" else self._sample_rows(weights)
+        if grain == "token":
+            return self._token_rows(weights)
+        return self._sample_rows(weights, mean=grain == "sample")
 
     def digest(self) -> str:
         """Digest of the manifest, the tallies and all layers."""
@@ -204,18 +207,18 @@ class Activations:
         sample = self.tokens()["sample"].to_numpy()
         return Rows(indptr, sites[used], values[used], np.ascontiguousarray(sample), self.n_sites)
 
-    def _sample_rows(self, weights: Weights) -> Rows:
+    def _sample_rows(self, weights: Weights, *, mean: bool) -> Rows:
         sample = self.tokens()["sample"].to_numpy().astype(np.int64)
-        length = np.bincount(sample, minlength=self.n_samples)
+        length = np.bincount(sample, minlength=self.n_samples) if mean else np.ones(self.n_samples)
         shape = (self.n_samples, self.n_experts)
         found = []
         for row, (site, value) in enumerate(self._entries(weights)):
             first = row * self.n_experts
             key = sample[:, None] * self.n_experts + np.where(value != 0, site - first, 0)
             total = np.bincount(key.ravel(), value.ravel(), self.n_samples * self.n_experts)
-            mean = (total.reshape(shape) / length[:, None]).astype(np.float32)
-            which, expert = np.nonzero(mean)
-            found.append((which, expert + first, mean[which, expert]))
+            value = (total.reshape(shape) / length[:, None]).astype(np.float32)
+            which, expert = np.nonzero(value)
+            found.append((which, expert + first, value[which, expert]))
         which, sites, values = (np.concatenate(part) for part in zip(*found, strict=True))
         order = np.lexsort((sites, which))
         indptr = np.searchsorted(which[order], np.arange(self.n_samples + 1)).astype(np.int64)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.errors import DataError, ShapeError
+
+Matrix: TypeAlias = Any
+"""A dense array or SciPy sparse matrix of shape (n_rows, n_sites)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,41 @@ class Rows:
             )
         if not np.isfinite(self.values).all():
             raise DataError("values of the rows are not finite; record the activations again")
+
+    @classmethod
+    def of(cls, matrix: Matrix) -> Rows:
+        """Rows of a dense array or a SciPy sparse matrix of shape (n_rows, n_sites).
+
+        Each row is a sample of its own; zeros are left out, values become float32.
+
+        Raises
+        ------
+        ShapeError
+            When the matrix does not have two axes or holds no numbers.
+        DataError
+            When values are not finite.
+        """
+        if hasattr(matrix, "tocsr"):
+            sparse = matrix.tocsr(copy=True)
+            sparse.sum_duplicates()
+            sparse.eliminate_zeros()
+            parts, shape = (sparse.indptr, sparse.indices, sparse.data), sparse.shape
+        else:
+            dense = np.asarray(matrix)
+            if dense.ndim != 2 or dense.dtype.kind not in "biuf":
+                got = f"{dense.dtype}{dense.shape}"
+                raise ShapeError(f"the matrix is {got}; pass numbers of shape (n_rows, n_sites)")
+            row, site = np.nonzero(dense)
+            pointers = np.searchsorted(row, np.arange(len(dense) + 1))
+            parts, shape = (pointers, site, dense[row, site]), dense.shape
+        pointers, site, value = parts
+        return cls(
+            np.ascontiguousarray(pointers, np.int64),
+            np.ascontiguousarray(site, np.uint32),
+            np.ascontiguousarray(value, np.float32),
+            np.arange(shape[0], dtype=np.uint32),
+            int(shape[1]),
+        )
 
     @property
     def n_rows(self) -> int:
