@@ -4,12 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from adam_twin import AdamTwin
 from moecollab.patterns.dictionary import HSDL
 from planted import as_rows, planted
-from reference import adam
 
 SIZES = [(1_000, 8), (10_000, 8), (10_000, 64)]
 
@@ -25,5 +26,6 @@ def test_fit(benchmark, n_rows, n_experts):
 
 def test_fit_beside_adam(benchmark):
     x, _ = planted(n_rows=1_000, n_layers=4, n_experts=8, noise=0.01)
-    found = benchmark.pedantic(adam, (x, 32, 0.1, 100.0, 50), rounds=1, iterations=1)
+    twin = AdamTwin(torch.from_numpy(x), (32, 64), 0.1, 100.0, epochs=50)
+    found = benchmark.pedantic(twin.fit, rounds=1, iterations=1)
     assert found > 0

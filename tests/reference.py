@@ -65,29 +65,3 @@ def caep(atoms, usage, peak, fraction):
         if alive.any():
             alive[np.flatnonzero(alive)[usage[alive].argmin()]] = False
     return steps, contribution
-
-
-def adam(x, n_atoms, sparsity, reconstruction, epochs=2000, rate=2e-2, seed=0):
-    """The paper's way: Adam on D = sigmoid(theta), R >= 0 by projection; best total seen."""
-    import torch
-
-    draw = torch.Generator().manual_seed(seed)
-    rows = torch.tensor(x)
-    start = rows[torch.randperm(len(rows), generator=draw)[:n_atoms]]
-    start = (start / start.amax(1, keepdim=True).clamp(min=1e-6)).clamp(0.02, 0.98)
-    theta = torch.logit(start) + 0.1 * torch.randn(start.shape, generator=draw)
-    r = 0.01 + 0.05 * torch.rand(len(rows), n_atoms, generator=draw)
-    theta.requires_grad_()
-    r.requires_grad_()
-    optimiser, best = torch.optim.Adam([theta, r], lr=rate), math.inf
-    for epoch in range(epochs):
-        optimiser.param_groups[0]["lr"] = rate * 0.5 ** (5 * epoch // epochs)
-        optimiser.zero_grad()
-        error = (rows - r @ torch.sigmoid(theta)).abs().sum()
-        loss = r.amax(0).sum() + (sparsity * r.sum() + reconstruction * error) / len(rows)
-        loss.backward()
-        best = min(best, loss.item())
-        optimiser.step()
-        with torch.no_grad():
-            r.clamp_(min=0)
-    return best

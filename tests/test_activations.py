@@ -112,7 +112,7 @@ def test_sample_rows_are_means_over_tokens(acts, weights):
 
 
 def test_wrong_names(acts):
-    with pytest.raises(SettingsError, match="grain is 'word'; it must be 'token', 'sample', 'sample_sum'"):
+    with pytest.raises(SettingsError, match="grain is 'word'; it must be 'token', 'sample'"):
         acts.rows("word")
     with pytest.raises(SettingsError, match="weights is 'square'"):
         acts.rows("token", "square")

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import moecollab
+from adam_twin import AdamTwin
 from moecollab import _core
 from moecollab.errors import DataError, SettingsError, ShapeError
 from planted import as_rows, planted
 from reference import caep as slow_caep
+from reference import objective
 
 SETTINGS = {
     "atoms": [8],
@@ -125,3 +128,25 @@ def test_stub_names_what_the_module_holds():
         node.name for node in ast.parse(stub.read_text()).body if isinstance(node, ast.FunctionDef)
     }
     assert names == {name for name in dir(_core) if not name.startswith("_")}
+
+
+def test_adam_twin_resumes_where_it_was(tmp_path):
+    """The reference itself: its objective is the formula's, and a stopped run goes on."""
+    x, _ = planted(n_rows=40, n_layers=3, n_experts=4, seed=1)
+    settings = (torch.from_numpy(x), (6, 8), 0.5, 30.0, 60)
+    whole = AdamTwin(*settings)
+    best = whole.fit()
+    codes = [level[1].detach().numpy() for level in whole.levels]
+    atoms = [torch.sigmoid(level[0]).detach().numpy() for level in whole.levels]
+    assert whole._loss().item() == pytest.approx(objective(x, atoms, codes, 0.5, 30.0)[3], rel=1e-4)
+    stopped = AdamTwin(*settings, checkpoint=tmp_path / "twin.pt")
+
+    def stop(stage, epoch, *_):
+        if (stage, epoch) == (1, 55):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(stop)
+    resumed = AdamTwin(*settings, checkpoint=tmp_path / "twin.pt")
+    assert resumed.fit() == best
+    assert [row[:2] for row in resumed.trace] == [row[:2] for row in whole.trace]
