@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import polars as pl
 import pytest
 
 import models
@@ -146,6 +147,18 @@ def test_damaged_files_and_impossible_plans(inside, model_folder, text, tmp_path
     scores.write_bytes(scores.read_bytes()[:50])
     refused(inside("plan", scores, "--drop", "0.5", "--out", "plan.json"), "scores.parquet")
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_sweep_leaves_a_table_and_a_figure(inside, acts, tmp_path):
+    out = tmp_path / "sweep"
+    made = ["sweep", acts.path, "--out", out, "--held-out", "0.5", "--threads", "1"]
+    code, said, error = inside(*made, "--atoms", "4,6", "--reconstruction", "30,300")
+    assert code == 0, error
+    assert "4 fits" in said
+    assert pl.read_parquet(out / "sweep.parquet")["seed"].to_list() == [0, 1, 0, 1]
+    assert "agreement between seeds" in (out / "sweep.html").read_text()
+    refused(inside(*made, "--overwrite"), "--atoms")
+    refused(inside(*made, "--overwrite", "--sparsity", "1,x"), "sparsity", "100,300")
 
 
 def test_ctrl_c_is_one_sentence(inside, monkeypatch, text, model_folder):

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from moecollab.evaluation.evaluation import Evaluation, evaluate, load_evaluation
     from moecollab.models.masking import mask
     from moecollab.patterns.dictionary import HSDL, Collaboration, load_collaboration
+    from moecollab.patterns.stability import match_atoms, robustness, stability
     from moecollab.pruning.planning import Plan, load_plan, plan
     from moecollab.pruning.pruning import prune
     from moecollab.record.activations import Activations, load_activations
     from moecollab.record.extraction import extract
+    from moecollab.reporting.figures.sweeps import sweep_figure
     from moecollab.reporting.page import report
 
 _HOME = {
@@ -40,10 +42,14 @@ _HOME = {
     "load_plan": "pruning.planning",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
+    "match_atoms": "patterns.stability",
     "plan": "pruning.planning",
     "prune": "pruning.pruning",
     "report": "reporting.page",
+    "robustness": "patterns.stability",
     "score": "criteria.scoring",
+    "stability": "patterns.stability",
+    "sweep_figure": "reporting.figures.sweeps",
 }
 
 __all__ = [
@@ -61,10 +67,14 @@ __all__ = [
     "load_plan",
     "load_scores",
     "mask",
+    "match_atoms",
     "plan",
     "prune",
     "report",
+    "robustness",
     "score",
+    "stability",
+    "sweep_figure",
 ]
 
 

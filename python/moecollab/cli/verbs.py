@@ -10,6 +10,7 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.cli.studies import sweep
 from moecollab.errors import SettingsError
 from moecollab.manifest import refuse_existing
 
@@ -277,6 +278,7 @@ def criteria() -> None:
 VERBS: tuple[Callable[..., None], ...] = (
     extract,
     fit,
+    sweep,
     score,
     plan,
     mask,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
@@ -21,6 +22,8 @@ from moecollab.record.activations import Activations, Grain, Weights
 from moecollab.record.rows import Matrix, Rows
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from moecollab._core import Fit, FittedLevel, HistoryRow
 
 __all__ = ["HSDL", "Codes", "Collaboration", "Level", "load_collaboration"]
@@ -164,6 +167,48 @@ class HSDL(Estimator):
             warnings.warn(_warning(collab, self.tolerance), ConvergenceWarning, stacklevel=2)
         self.collaboration_ = collab
         return collab
+
+    def sweep(
+        self,
+        acts: Activations | Rows,
+        *,
+        seeds: int = 2,
+        held_out: float = 0.2,
+        **grid: Sequence[Any],
+    ) -> pl.DataFrame:
+        """Fits every combination of some settings, several seeds each, to choose among them.
+
+        Parameters
+        ----------
+        acts : Activations or Rows
+            What is fitted.
+        seeds : int
+            Seeds per combination, counted from `seed`, ≥ 1.
+        held_out : float
+            Share of the samples that judges the fits and is not fitted, in (0, 1).
+        **grid : sequences
+            Values to try, by the name of a setting: ``reconstruction=(100, 300)``.
+
+        Returns
+        -------
+        polars.DataFrame
+            A line per combination and seed: the settings, seed, objective, held_out_error
+            (relative absolute error of level 1 on the held-out rows), live and live_finest (atoms
+            in use at level 1 and the last), members (mean experts of an atom with a strength of at
+            least 0.5), codes_per_row, covered (share of experts that are in a live atom), seconds,
+            stability (mean cosine of matched atoms between the seeds, null for one seed).
+
+        Raises
+        ------
+        SettingsError
+            When a name is not a setting, or a value is out of range.
+        """
+        from moecollab.patterns.sweep import run_sweep
+
+        for name, values in grid.items():
+            for value in values:
+                replace(self).set_params(**{name: value})
+        return run_sweep(self, acts, grid, seeds=seeds, held_out=held_out)
 
     def _atoms(self, n_rows: int, n_sites: int) -> tuple[int, ...]:
         """Atoms of each level, checked against the number of rows."""

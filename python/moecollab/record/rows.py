@@ -116,6 +116,13 @@ class Rows:
         """Number of entries."""
         return len(self.sites)
 
+    def take(self, rows: NDArray[np.integer[Any]]) -> Rows:
+        """Some of the rows, in the order given; each keeps its sample."""
+        start, length = self.indptr[rows], np.diff(self.indptr)[rows]
+        indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(length)])
+        place = np.repeat(start - indptr[:-1], length) + np.arange(indptr[-1])
+        return Rows(indptr, self.sites[place], self.values[place], self.sample[rows], self.n_sites)
+
     def dense(self) -> NDArray[np.float32]:
         """The same matrix, dense: float32 array of shape (n_rows, n_sites)."""
         matrix = np.zeros((self.n_rows, self.n_sites), dtype=np.float32)
