@@ -10,6 +10,10 @@ use crate::rows::Entry;
 
 /// Residuals below this fraction of the row's largest value count as zero.
 const FLAT: f32 = 1e-5;
+/// A newcomer must lower the cost by more than this fraction of the row's sum.
+const LEAST: f64 = 1e-4;
+/// Steps below this fraction of a code call for no further sweep.
+const MATERIAL: f32 = 0.01;
 /// Newcomers whose exact gain is computed, of those with the steepest slope.
 const SHORTLIST: usize = 6;
 const SWEEPS: usize = 12;
@@ -36,6 +40,8 @@ pub(crate) struct Desk {
     score: Vec<f32>,
     points: Vec<Point>,
     flat: f32,
+    /// What a newcomer must gain.
+    least: f64,
 }
 
 impl Desk {
@@ -48,6 +54,7 @@ impl Desk {
             score: vec![0.0; n_atoms],
             points: Vec::new(),
             flat: 0.0,
+            least: 0.0,
         }
     }
 
@@ -59,6 +66,7 @@ impl Desk {
         }
         let largest = row.iter().map(|entry| entry.value).fold(0.0, f32::max);
         self.flat = FLAT * largest;
+        self.least = LEAST * row.iter().map(|entry| f64::from(entry.value)).sum::<f64>();
         self.add(row, 1.0);
     }
 
@@ -168,8 +176,8 @@ impl Coder<'_> {
                 let step = value - code.value;
                 if step.abs() > desk.flat {
                     desk.add(self.dictionary.atom(code.index as usize), -step);
+                    moved |= step.abs() > MATERIAL * f32::max(value, code.value);
                     code.value = value;
-                    moved = true;
                 }
             }
             if !moved || codes.len() < 2 {
@@ -225,10 +233,7 @@ impl Coder<'_> {
             candidate.0 = self.trial(desk, candidate.1).1;
         }
         list.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-        let enough = f64::max(
-            list.first().map_or(0.0, |best| NEARLY * best.0),
-            f64::from(desk.flat),
-        );
+        let enough = f64::max(list.first().map_or(0.0, |best| NEARLY * best.0), desk.least);
         let before = codes.len();
         for &(_, index) in &list {
             let (value, gain) = self.trial(desk, index);
