@@ -141,7 +141,7 @@ fn joint_round(shop: &mut Workshop, levels: &mut [Level], stage: &str) -> StopRe
             }
         }
         let now = total(shop, levels);
-        if !shop.note(stage, iteration, now) {
+        if !shop.note(stage, iteration, now, n_live(levels)) {
             return StopReason::Interrupted;
         }
         if last - now.total <= shop.params.tolerance * last {
@@ -192,6 +192,10 @@ fn pull(finer: &Level) -> Pull {
     }
 }
 
+fn n_live(levels: &[Level]) -> usize {
+    levels.iter().map(Level::n_live).sum()
+}
+
 fn total(shop: &Workshop, levels: &[Level]) -> Terms {
     let each = levels
         .iter()
@@ -216,6 +220,7 @@ fn finish(mut shop: Workshop, mut levels: Vec<Level>, stop: StopReason) -> Fit {
         stage: "final".to_owned(),
         iteration: 0,
         terms: last,
+        live: n_live(&levels),
     });
     let mut usage: Option<Vec<f64>> = None;
     let levels = levels.into_iter().map(|level| {

@@ -61,6 +61,11 @@ impl Level {
         self.caps.len()
     }
 
+    /// Number of atoms in use.
+    pub fn n_live(&self) -> usize {
+        self.caps.iter().filter(|cap| **cap > 0.0).count()
+    }
+
     /// For each atom the rows that use it.
     pub fn users(&self) -> Lists {
         transpose(&self.codes, self.n_atoms())

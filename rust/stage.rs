@@ -28,6 +28,8 @@ pub struct Record {
     pub iteration: usize,
     /// The objective's terms after it.
     pub terms: Terms,
+    /// Atoms in use, over the levels of the stage.
+    pub live: usize,
 }
 
 /// Why a stage or the whole fit ended.
@@ -88,11 +90,12 @@ impl<'a, 'b> Workshop<'a, 'b> {
     }
 
     /// Notes one iteration; false if the watcher wants to stop.
-    pub fn note(&mut self, stage: &str, iteration: usize, terms: Terms) -> bool {
+    pub fn note(&mut self, stage: &str, iteration: usize, terms: Terms, live: usize) -> bool {
         let record = Record {
             stage: stage.to_owned(),
             iteration,
             terms,
+            live,
         };
         let go_on = (self.watch)(&record);
         self.history.push(record);
@@ -159,7 +162,7 @@ impl<'a, 'b> Workshop<'a, 'b> {
                 self.exchange(level, &weakest, &mut rng);
                 now = terms(level, &self.pool, self.lambda());
             }
-            if !self.note(stage, iteration, now) {
+            if !self.note(stage, iteration, now, level.n_live()) {
                 return StopReason::Interrupted;
             }
             if last - now.total <= coarse * tolerance * last {

@@ -31,6 +31,7 @@ class HistoryRow(TypedDict):
     sparsity: float
     reconstruction: float
     total: float
+    live: int
 
 @type_check_only
 class FittedLevel(TypedDict):

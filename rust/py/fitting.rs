@@ -94,6 +94,7 @@ fn row<'py>(py: Python<'py>, record: &Record) -> PyResult<Bound<'py, PyDict>> {
     out.set_item("sparsity", record.terms.sparsity)?;
     out.set_item("reconstruction", record.terms.reconstruction)?;
     out.set_item("total", record.terms.total)?;
+    out.set_item("live", record.live)?;
     Ok(out)
 }
 

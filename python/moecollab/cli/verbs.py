@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -91,9 +92,14 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     tolerance: Annotated[float, typer.Option(help="Stop at this relative change")] = 1e-3,
     seed: Seed = 0,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
+    rows_in_memory: Annotated[
+        int, typer.Option(help="Tokens held at once; of more, atoms come from a sample")
+    ] = 524_288,
     overwrite: Overwrite = False,
 ) -> None:
     """Finds groups of experts that work together across layers (HSDL).
+
+    A stopped fit of more tokens than are held at once goes on where it was.
 
     Example: moecollab fit run/activations --rows sample --out run/collaboration
     """
@@ -109,10 +115,13 @@ def fit(  # noqa: PLR0913 (one parameter per option)
         tolerance=tolerance,
         seed=seed,
         threads=threads,
+        rows_in_memory=rows_in_memory,
     )
+    checkpoint = out.parent / f".{out.name}.partial"
     with progress.show():
-        found = settings.fit(mc.load_activations(activations))
+        found = settings.fit(mc.load_activations(activations), checkpoint=checkpoint)
     found.save(out, overwrite=overwrite)
+    shutil.rmtree(checkpoint, ignore_errors=True)
     _say(f"{out}: {found!r}")
     if found.stop_reason == "interrupted":
         typer.echo(f"stopped; {out} holds the best so far, --overwrite fits again", err=True)

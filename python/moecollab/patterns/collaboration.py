@@ -57,8 +57,8 @@ class Collaboration:
         How every row is written in atoms of level 1.
     history : tuple of dict
         A row per iteration: stage, iteration, dictionary_size, sparsity, reconstruction (without
-        their weights) and the weighted total. Within a stage the total never rises. The last row,
-        ``final``, is the objective of the result.
+        their weights), the weighted total and the atoms in use (live). Within a stage the total
+        never rises. The last row, ``final``, is the objective of the result.
     stop_reason : str
         "tolerance", "max iterations", "interrupted" or "nothing to fit".
     layers : tuple of int

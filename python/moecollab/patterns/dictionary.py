@@ -7,7 +7,9 @@ import numbers
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from moecollab.patterns.codes import Codes
 from moecollab.patterns.collaboration import Collaboration, Level
 from moecollab.patterns.estimator import Estimator
 from moecollab.patterns.storage import load_collaboration
+from moecollab.patterns.streaming import fit_streamed
 from moecollab.progress import track
 from moecollab.record.activations import Activations, Grain, Weights
 from moecollab.record.rows import Matrix, Rows
@@ -83,6 +86,9 @@ class HSDL(Estimator):
         Seed of the starting atoms, in [0, 2⁶³).
     threads : int, optional
         Threads; one per processor by default. The result is the same for any number.
+    rows_in_memory : int
+        Token rows held at once, ≥ 1. Of more, the atoms are fitted to a sample of this size and
+        all rows are coded on them block by block, so that memory does not grow with the text.
 
     Examples
     --------
@@ -100,6 +106,7 @@ class HSDL(Estimator):
     tolerance: float = 1e-3
     seed: int = 0
     threads: int | None = None
+    rows_in_memory: int = 524_288
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -115,10 +122,17 @@ class HSDL(Estimator):
                 raise SettingsError(name, getattr(self, name), f"one of {', '.join(kinds)}")
         _check_whole("max_iterations", self.max_iterations, 1)
         _check_whole("seed", self.seed, 0)
+        _check_whole("rows_in_memory", self.rows_in_memory, 1)
         if self.threads is not None:
             _check_whole("threads", self.threads, 1)
 
-    def fit(self, acts: Activations | Rows | Matrix, y: object = None) -> Collaboration:  # noqa: ARG002
+    def fit(
+        self,
+        acts: Activations | Rows | Matrix,
+        y: object = None,  # noqa: ARG002 (a pipeline passes it)
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+    ) -> Collaboration:
         """Groups of experts in activations or in rows made of them.
 
         Parameters
@@ -128,6 +142,9 @@ class HSDL(Estimator):
             their sites count as one layer's.
         y : ignored
             There so that a scikit-learn pipeline can pass it.
+        checkpoint : path, optional
+            Folder for what a fit on more rows than `rows_in_memory` has done so far; a stopped fit
+            goes on from there with the same result. It may be deleted afterwards.
 
         Raises
         ------
@@ -142,6 +159,9 @@ class HSDL(Estimator):
             When the fit was stopped before its tolerance was met; the result is the best so far.
         """
         self.__post_init__()
+        if self._must_stream(acts):
+            folder = None if checkpoint is None else Path(checkpoint)
+            return self._noted(fit_streamed(self, cast("Activations", acts), folder))
         if isinstance(acts, Activations):
             matrix = acts.rows(self.rows, self.weights)
             layers, n_experts, digest = acts.layers, acts.n_experts, acts.digest()
@@ -163,8 +183,16 @@ class HSDL(Estimator):
             settings=settings,
             activations=digest,
         )
+        return self._noted(collab)
+
+    def _must_stream(self, acts: object) -> bool:
+        large = isinstance(acts, Activations) and acts.n_tokens > self.rows_in_memory
+        return large and self.rows == "token"
+
+    def _noted(self, collab: Collaboration) -> Collaboration:
+        """The result, kept; with a warning if it is not the end."""
         if not collab.converged:
-            warnings.warn(_warning(collab, self.tolerance), ConvergenceWarning, stacklevel=2)
+            warnings.warn(_warning(collab, self.tolerance), ConvergenceWarning, stacklevel=3)
         self.collaboration_ = collab
         return collab
 
@@ -229,7 +257,8 @@ class HSDL(Estimator):
 
             def watch(row: HistoryRow) -> None:
                 bar.advance()
-                bar.remark(f"{row['stage']}: objective {row['total']:.6g}")
+                live = f"{row['live']} atoms in use"
+                bar.remark(f"{row['stage']}: objective {row['total']:.6g}, {live}")
 
             return fit_dictionary(
                 (matrix.indptr, matrix.sites, matrix.values),

@@ -10,6 +10,8 @@ from moecollab.record.activations import Activations
 from moecollab.record.rows import Matrix, Rows
 
 if TYPE_CHECKING:
+    from os import PathLike
+
     from moecollab.patterns.collaboration import Collaboration
 
 
@@ -25,7 +27,13 @@ class Estimator:
 
     if TYPE_CHECKING:
 
-        def fit(self, acts: Activations | Rows | Matrix, y: object = None) -> Collaboration:
+        def fit(
+            self,
+            acts: Activations | Rows | Matrix,
+            y: object = None,
+            *,
+            checkpoint: str | PathLike[str] | None = None,
+        ) -> Collaboration:
             """Groups of experts in activations."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:  # noqa: ARG002

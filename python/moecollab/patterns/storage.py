@@ -20,7 +20,7 @@ from moecollab.manifest import (
     new_folder,
     read_json,
 )
-from moecollab.patterns.codes import Codes
+from moecollab.patterns.code_file import read_codes, write_codes
 from moecollab.patterns.collaboration import Collaboration, Level
 
 if TYPE_CHECKING:
@@ -43,10 +43,9 @@ def write(collab: Collaboration, target: Path, *, overwrite: bool) -> None:
     )
     about |= {"stop_reason": collab.stop_reason, "n_levels": len(collab.levels)}
     about["model"] = {"layers": list(collab.layers), "n_experts": collab.n_experts}
-    codes = {name: getattr(collab.codes, name) for name in ("indptr", "atom", "value")}
     with new_folder(target, overwrite=overwrite) as folder:
         (folder / ATOMS).write_bytes(save(_arrays(collab)))
-        (folder / CODES).write_bytes(save(codes))
+        write_codes(folder / CODES, lambda: [collab.codes])
         (folder / HISTORY).write_bytes(dump_json({"history": list(collab.history)}))
         (folder / MANIFEST).write_bytes(dump_json(about))
 
@@ -90,7 +89,7 @@ def load_collaboration(path: str | PathLike[str]) -> Collaboration:
     levels = _levels(folder, n_levels, len(layers) * n_experts)
     return Collaboration(
         levels=levels,
-        codes=_codes(folder, len(levels[0].atoms)),
+        codes=read_codes(folder / CODES, len(levels[0].atoms)),
         history=rows,
         stop_reason=stop,
         layers=layers,
@@ -118,17 +117,6 @@ def _levels(folder: Path, n_levels: int, n_sites: int) -> tuple[Level, ...]:
     if not found:
         raise SchemaError(f"{folder / MANIFEST} says there are no levels; fit again")
     return tuple(found)
-
-
-def _codes(folder: Path, n_atoms: int) -> Codes:
-    arrays, where = _read(folder / CODES), folder / CODES
-    indptr = _array(arrays, "indptr", np.int64, (None,), where)
-    atom = _array(arrays, "atom", np.uint32, (None,), where)
-    value = _array(arrays, "value", np.float32, (len(atom),), where)
-    rising = len(indptr) > 0 and indptr[0] == 0 and bool((np.diff(indptr) >= 0).all())
-    if not rising or indptr[-1] != len(atom) or (len(atom) and int(atom.max()) >= n_atoms):
-        raise SchemaError(f"{where} holds codes that do not fit together; fit again")
-    return Codes(indptr, atom, value)
 
 
 def _read(path: Path) -> Arrays:

@@ -12,6 +12,7 @@ import numpy as np
 
 from moecollab.errors import DataError, SettingsError
 from moecollab.patterns.stability import stability
+from moecollab.patterns.transform import absolute_error
 from moecollab.progress import track
 from moecollab.record.activations import Activations
 from moecollab.record.rows import Rows
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from moecollab.patterns.collaboration import Collaboration
     from moecollab.patterns.dictionary import HSDL
 
-BLOCK = 2048
 MEMBER = 0.5
 
 
@@ -80,12 +80,7 @@ def _line(fit: Collaboration, kept: Rows, seconds: float) -> dict[str, Any]:
 
 def relative_error(fit: Collaboration, rows: Rows, codes: Codes) -> float:
     """Sum of absolute errors of level 1 over the sum of the rows; 1 if nothing is explained."""
-    atoms, error = fit.levels[0].atoms, 0.0
-    matrix = codes.matrix(len(atoms))
-    for start in range(0, rows.n_rows, BLOCK):
-        block = np.arange(start, min(start + BLOCK, rows.n_rows))
-        rest = rows.take(block).dense() - matrix[block] @ atoms
-        error += float(np.abs(rest, dtype=np.float64).sum())
+    error = absolute_error(fit.levels[0].atoms, rows, codes)
     return error / float(rows.values.sum(dtype=np.float64))
 
 

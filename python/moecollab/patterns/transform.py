@@ -13,11 +13,15 @@ from moecollab.progress import track
 from moecollab.record.rows import Rows
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from moecollab.patterns.collaboration import Collaboration
     from moecollab.record.activations import Activations
 
 BLOCK = 8192
 """Rows that are coded between two looks at the keyboard."""
+DENSE = 2048
+"""Rows that are made dense at once."""
 
 
 def encode(
@@ -59,3 +63,13 @@ def _block(collab: Collaboration, rows: Rows, span: tuple[int, int], threads: in
     inside = slice(pointers[0], pointers[-1])
     block = (pointers - pointers[0], rows.sites[inside], rows.values[inside])
     return Codes(*encode(block, first.atoms, first.peak.astype(np.float32), ratio, threads))
+
+
+def absolute_error(atoms: NDArray[np.float32], rows: Rows, codes: Codes) -> float:
+    """Sum over rows and sites of the absolute difference between rows and codes times atoms."""
+    matrix, error = codes.matrix(len(atoms)), 0.0
+    for start in range(0, rows.n_rows, DENSE):
+        block = np.arange(start, min(start + DENSE, rows.n_rows))
+        rest = rows.take(block).dense() - matrix[block] @ atoms
+        error += float(np.abs(rest, dtype=np.float64).sum())
+    return error

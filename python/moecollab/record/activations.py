@@ -32,6 +32,7 @@ from moecollab.record.schema import (
 )
 from moecollab.record.tallies import Tallies, load_tallies
 
+Span: TypeAlias = tuple[int, int]
 Grain: TypeAlias = Literal["token", "sample", "sample_sum"]
 Weights: TypeAlias = Literal["renormalised", "raw", "binary", "output"]
 
@@ -124,12 +125,15 @@ class Activations:
         table = self._table(VOCABULARY)
         return dict(zip(table["token_id"].to_list(), table["text"].to_list(), strict=True))
 
-    def layer(self, layer: int) -> LayerTable:
-        """What one MoE layer did; `layer` is the model's own index."""
+    def layer(self, layer: int, span: Span | None = None) -> LayerTable:
+        """What one MoE layer did, for all tokens or those of a span (start, stop).
+
+        `layer` is the model's own index.
+        """
         if layer not in self.layers:
             raise SettingsError("layer", layer, f"one of {list(self.layers)}")
         columns = ["expert", "weight", *(["norm"] if self.has_norms else [])]
-        table = self._table(layer_file(layer), columns)
+        table = self._table(layer_file(layer), columns, span)
         arrays = [table[name].rechunk().to_numpy() for name in columns]
         for array in arrays:
             array.flags.writeable = False
@@ -170,6 +174,23 @@ class Activations:
             return self._token_rows(weights)
         return self._sample_rows(weights, mean=grain == "sample")
 
+    def token_blocks(self, weights: Weights = "renormalised", size: int = 65_536) -> Iterator[Rows]:
+        """The token rows in order, `size` at a time; only one block is read at once.
+
+        Raises
+        ------
+        SettingsError
+            When `size` is below 1.
+        """
+        if size < 1:
+            raise SettingsError("size", size, "at least 1")
+        for start in range(0, self.n_tokens, size):
+            yield self.token_block(start, size, weights)
+
+    def token_block(self, start: int, size: int, weights: Weights = "renormalised") -> Rows:
+        """The token rows from `start` on, `size` of them or what is left."""
+        return self._token_rows(weights, (start, min(start + size, self.n_tokens)))
+
     def digest(self) -> str:
         """Digest of the manifest, the tallies and all layers."""
         return self._digest
@@ -179,32 +200,40 @@ class Activations:
         names = [MANIFEST, TALLIES, *(layer_file(layer) for layer in self.layers)]
         return digest_bytes("".join(digest_file(self.path / name) for name in names).encode())
 
-    def _table(self, name: str, columns: list[str] | None = None) -> pl.DataFrame:
+    def _table(
+        self, name: str, columns: list[str] | None = None, span: Span | None = None
+    ) -> pl.DataFrame:
         try:
-            return pl.read_parquet(self.path / name, columns=columns)
+            if span is None:
+                return pl.read_parquet(self.path / name, columns=columns)
+            lazy = pl.scan_parquet(self.path / name).slice(span[0], span[1] - span[0])
+            return (lazy if columns is None else lazy.select(columns)).collect()
         except (pl.exceptions.PolarsError, OSError) as cause:
             raise DataError(
                 f"{self.path / name} is truncated or damaged; record the activations again"
             ) from cause
 
-    def _entries(self, weights: Weights) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    def _entries(
+        self, weights: Weights, span: Span | None = None
+    ) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """Site and value of each slot, (n_tokens, top_k) per layer; unused slots have value 0."""
         for row, layer in enumerate(self.layers):
-            table = self.layer(layer)
+            table = self.layer(layer, span)
             site = table.expert.astype(np.uint32) + np.uint32(row * self.n_experts)
             yield site, _values(table, weights)
 
-    def _token_rows(self, weights: Weights) -> Rows:
-        shape = (self.n_tokens, self.n_layers, self.top_k)
+    def _token_rows(self, weights: Weights, span: Span | None = None) -> Rows:
+        n_tokens = self.n_tokens if span is None else span[1] - span[0]
+        shape = (n_tokens, self.n_layers, self.top_k)
         sites, values = np.empty(shape, np.uint32), np.empty(shape, np.float32)
-        for row, (site, value) in enumerate(self._entries(weights)):
+        for row, (site, value) in enumerate(self._entries(weights, span)):
             order = np.argsort(site, axis=1, kind="stable")
             sites[:, row] = np.take_along_axis(site, order, axis=1)
             values[:, row] = np.take_along_axis(value, order, axis=1)
         used = values != 0
-        indptr = np.zeros(self.n_tokens + 1, np.int64)
+        indptr = np.zeros(n_tokens + 1, np.int64)
         np.cumsum(used.sum(axis=(1, 2)), out=indptr[1:])
-        sample = self.tokens()["sample"].to_numpy()
+        sample = self._table(TOKENS, ["sample"], span)["sample"].to_numpy()
         return Rows(indptr, sites[used], values[used], np.ascontiguousarray(sample), self.n_sites)
 
     def _sample_rows(self, weights: Weights, *, mean: bool) -> Rows:

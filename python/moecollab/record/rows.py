@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -115,6 +116,17 @@ class Rows:
     def nnz(self) -> int:
         """Number of entries."""
         return len(self.sites)
+
+    @classmethod
+    def join(cls, parts: Sequence[Rows]) -> Rows:
+        """Rows of several sets over the same sites, one after the other."""
+        lengths = np.concatenate([np.diff(part.indptr) for part in parts])
+        indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        sites, values, sample = (
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("sites", "values", "sample")
+        )
+        return cls(indptr, sites, values, sample, parts[0].n_sites)
 
     def take(self, rows: NDArray[np.integer[Any]]) -> Rows:
         """Some of the rows, in the order given; each keeps its sample."""
