@@ -168,15 +168,15 @@ def test_ctrl_c_is_one_sentence(inside, monkeypatch, text, model_folder):
     monkeypatch.setattr(mc, "extract", stop)
     code, _, error = inside("extract", model_folder, text, "--out", "out")
     assert code == 130
-    assert "extract goes on" in error
+    assert "go on where they were" in error
 
 
 def test_interrupted_fit_keeps_the_best_and_says_so(inside, monkeypatch, text, model_folder):
     assert inside("extract", model_folder, text, "--out", "acts")[0] == 0
     whole = mc.HSDL.fit
 
-    def interrupted(settings, acts):
-        return replace(whole(settings, acts), stop_reason="interrupted")
+    def interrupted(settings, acts, **options):
+        return replace(whole(settings, acts, **options), stop_reason="interrupted")
 
     monkeypatch.setattr(mc.HSDL, "fit", interrupted)
     command = ("fit", "acts", "--out", "c", "--atoms", "2,3", "--rows", "sample")
