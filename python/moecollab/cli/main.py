@@ -41,7 +41,8 @@ def _guarded(verb: Callable[..., None]) -> Callable[..., None]:
             _fail(str(error), 1)
         except KeyboardInterrupt:
             _fail(
-                "stopped; nothing half-written is left; extract and long fits go on where they were",
+                "stopped; nothing half-written is left, and extract and long fits go on where they "
+                "were",
                 130,
             )
         except OSError as error:
