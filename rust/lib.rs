@@ -36,6 +36,9 @@ mod stage;
 mod start;
 mod update;
 
+#[cfg(test)]
+mod fuzz;
+
 #[cfg(feature = "python")]
 mod py;
 
