@@ -24,7 +24,18 @@ def run(*arguments, cwd=None):
 def test_help_lists_every_verb():
     found = run("--help")
     assert found.returncode == 0
-    for verb in ("extract", "fit", "score", "plan", "mask", "prune", "evaluate", "report", "demo"):
+    for verb in (
+        "extract",
+        "fit",
+        "mine",
+        "score",
+        "plan",
+        "mask",
+        "prune",
+        "evaluate",
+        "report",
+        "demo",
+    ):
         assert verb in found.stdout
 
 
@@ -36,6 +47,7 @@ def test_usage_error_is_exit_code_two():
     ("arguments", "sentence"),
     [
         (["fit", "nowhere", "--out", "c"], "nowhere"),
+        (["mine", "nowhere", "--out", "m"], "nowhere"),
         (["plan", "nowhere.parquet", "--drop", "0.2", "--out", "p.json"], "nowhere.parquet"),
         (["score", "nowhere", "--criterion", "caap", "--out", "s.parquet"], "caep"),
         (["report", "nowhere", "--out", "r.html"], "nowhere"),
