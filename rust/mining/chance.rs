@@ -3,14 +3,14 @@
 //! Tokens change places at random, independently in each layer, all with all or only within their
 //! stratum. Every expert's load and each layer's own tables stay. Between layers a count is then a
 //! sum over strata of independent hypergeometric counts, with mean Σ a b / N and variance
-//! Σ a b (N − a) (N − b) / (N² (N − 1)) (Mantel and Haenszel 1959). Inside a layer, where such an
+//! Σ a b (N − a) (N − b) / (N² (N − 1)) (Mantel and Haenszel 1959); third moments add up alike. Inside a layer, where such an
 //! exchange changes nothing, the null is that of [`super::within`]; its variance is that of a
 //! two-by-two table with these margins and that mean (Cornfield 1956), times N / (N − 1), with which
 //! it is the hypergeometric one where the mean is a b / N.
 
 use super::baskets::Baskets;
 use super::strata::{Load, Loads, Strata};
-use super::tails;
+use super::tails::{self, Moments};
 use super::within::{Group, expected_pairs};
 use crate::parallel::Pool;
 
@@ -27,14 +27,6 @@ pub(crate) struct Chance {
 pub(crate) struct Layers<'a> {
     pub n_experts: usize,
     pub strata: &'a Strata,
-}
-
-/// Mean, variance and the part that cannot be less, of one pair.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Moments {
-    pub mean: f64,
-    pub variance: f64,
-    pub forced: f64,
 }
 
 /// Chance of the counts of all pairs (upper triangle).
@@ -153,6 +145,7 @@ impl Moments {
     fn exchange(&mut self, one: &Load, two: &Load, size: f64) {
         self.mean += one.load * two.load / size;
         self.variance += one.spread * two.spread;
+        self.third += one.skew * two.skew;
         self.forced += (one.load + two.load - size).max(0.0);
     }
 
@@ -164,15 +157,19 @@ impl Moments {
         self.mean += mean;
         self.forced += forced;
         if size >= 2.0 && cells.iter().all(|&cell| cell > 1e-9) {
-            let inverse: f64 = cells.iter().map(|cell| 1.0 / cell).sum();
-            self.variance += size / (size - 1.0) / inverse;
+            let [both, first, second, none] = cells.map(|cell| 1.0 / cell);
+            let (sum, scale) = (both + first + second + none, size / (size - 1.0));
+            let slope = both * both - first * first - second * second + none * none;
+            let variance = scale / sum;
+            self.variance += variance;
+            // How the variance grows with the logarithm of the odds ratio.
+            self.third += variance * scale * slope / (sum * sum);
         }
     }
 
     /// log10 of the probability of a count this large.
     pub fn tail(&self, count: u32, n_rows: u32) -> f64 {
-        let most = f64::from(n_rows);
-        tails::matched(count, self.mean, self.variance, self.forced, most)
+        tails::matched(count, self, f64::from(n_rows))
     }
 }
 

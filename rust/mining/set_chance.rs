@@ -1,15 +1,16 @@
 //! What chance gives for sets of three and more sites: layers change places, tables stay.
 //!
 //! The members of a set that share a layer act as one: the rows that hold all of them. Two such
-//! groups meet as a pair does. For more, the mean is Σ N Π (m / N) over strata, and the variance
-//! follows from E\[X²\] = N Π (m / N) + N (N − 1) Π (m (m − 1) / (N (N − 1))). A set inside one layer
-//! has no chance of its own: the exchange never changes its count.
+//! groups meet as a pair does. For more, the mean is Σ N Π (m / N) over strata, and higher moments
+//! follow from the factorial ones, such as E\[X (X − 1)\] = N (N − 1) Π (m (m − 1) / (N (N − 1)));
+//! the tail is that of a binomial with these moments. A set inside one layer has no chance of its
+//! own: the exchange never changes its count.
 
 use super::baskets::Baskets;
 use super::best::Found;
 use super::bitmaps::{Bitmaps, ones};
-use super::chance::{Layers, Moments};
-use super::tails;
+use super::chance::Layers;
+use super::tails::{self, Moments};
 use crate::parallel::Pool;
 
 /// Mean and variance of the count by chance, and log10 of its tail; NaN where there is none.
@@ -118,14 +119,28 @@ impl Judge {
             if own().any(|&load| load == 0.0) {
                 continue;
             }
-            let mean = size * own().map(|load| load / size).product::<f64>();
+            // Means of X, X (X - 1) and X (X - 1) (X - 2).
+            let falling = |load: f64, power: i32| -> f64 {
+                (0..power)
+                    .map(|step| (load - f64::from(step)).max(0.0))
+                    .product()
+            };
+            let factorial = |power: i32| -> f64 {
+                let all = falling(size, power);
+                let share = own().map(|&load| falling(load, power) / all);
+                if all > 0.0 {
+                    all * share.product::<f64>()
+                } else {
+                    0.0
+                }
+            };
+            let [mean, second, third] = [1, 2, 3].map(factorial);
+            let variance = (second + mean - mean * mean).max(0.0);
             out.mean += mean;
+            out.variance += variance;
+            let cube = third + 3.0 * second + mean;
+            out.third += cube - 3.0 * mean * variance - mean.powi(3);
             out.forced += (own().sum::<f64>() - (n_groups - 1.0) * size).max(0.0);
-            if size > 1.0 {
-                let share = own().map(|load| load * (load - 1.0) / (size * (size - 1.0)));
-                let pairs = size * (size - 1.0) * share.product::<f64>();
-                out.variance += (mean + pairs - mean * mean).max(0.0);
-            }
         }
         out
     }

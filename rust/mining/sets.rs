@@ -185,7 +185,8 @@ impl Search {
     fn finish(self) -> Sets {
         let sums = self.total.into_inner();
         let mut sums = sums.unwrap_or_else(PoisonError::into_inner);
-        sums.histogram[..self.wanted.least as usize].fill(0);
+        let few = sums.histogram.iter_mut().take(self.wanted.least as usize);
+        few.for_each(|sets| *sets = 0);
         Sets {
             best: sums.best.sorted(),
             histogram: sums.histogram,

@@ -61,6 +61,8 @@ pub(super) struct Load {
     pub load: f64,
     /// a (N − a) / (N √(N − 1)): the variance of a shared count is the product of two of these.
     pub spread: f64,
+    /// The same for the third moment, a (N − a) (N − 2 a) / √(N³ (N − 1) (N − 2)).
+    pub skew: f64,
 }
 
 /// Loads of all sites in all strata.
@@ -103,6 +105,7 @@ impl Loads {
                     stratum: stratum as u32,
                     load,
                     spread: spread(load, out.sizes[stratum]),
+                    skew: skew(load, out.sizes[stratum]),
                 });
             }
             out.starts.push(out.entries.len());
@@ -135,6 +138,14 @@ fn spread(load: f64, size: f64) -> f64 {
         return 0.0;
     }
     load * (size - load) / (size * (size - 1.0).sqrt())
+}
+
+fn skew(load: f64, size: f64) -> f64 {
+    if size < 3.0 {
+        return 0.0;
+    }
+    let scale = (size.powi(3) * (size - 1.0) * (size - 2.0)).sqrt();
+    load * (size - load) * (size - 2.0 * load) / scale
 }
 
 #[cfg(test)]

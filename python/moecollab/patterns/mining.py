@@ -80,8 +80,8 @@ def mine(  # noqa: PLR0913 (one parameter per option)
         What chance is. Tokens change places at random, independently in each layer: "load" lets
         all change with all, so that each expert keeps its load; "token" only those of equal token
         id, so that what a token's identity explains is chance too. Between two layers the count is
-        then hypergeometric (or a sum of such, whose tail is that of a binomial of the same mean
-        and variance). Within a layer the exchange changes nothing; there the null draws the k
+        then hypergeometric, or a sum of such, whose tail is that of a binomial of the same first
+        three moments. Within a layer the exchange changes nothing; there the null draws the k
         experts of each token anew with every expert's load kept (conditional Poisson sampling).
         Nothing is simulated. Details stand in ``docs/mining.md``.
     n_experts : int, optional
