@@ -49,7 +49,8 @@ def core_pairs(x, n_experts, strata=None):
     rows = as_rows(x.astype(np.float32))
     wanted = {"n_experts": n_experts, "size": 2, "least": 1, "top": 1, "by_lift": False}
     arrays = (rows.indptr, rows.sites, rows.values)
-    return mine_pairs(arrays, rows.n_sites, strata, wanted | {"threads": 1}, lambda *_: None)
+    wanted |= {"chance": True, "threads": 1}
+    return mine_pairs(arrays, rows.n_sites, strata, wanted, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,17 @@ def test_best_by_lift_and_larger_sets(rows):
     assert "best 5 of" in repr(best)
     pairs = mc.mine(rows, n_experts=16, top=7, by="lift").table
     assert pairs["lift"].to_list() == sorted(pairs["lift"], reverse=True)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_counting_alone_gives_the_same_counts(rows, size):
+    chance = ["expected", "z", "log10_p", "q"]
+    found = mc.mine(rows, size, n_experts=16)
+    alone = mc.mine(rows, size, n_experts=16, null="none")
+    assert alone.table.drop(chance).equals(found.table.drop(chance))
+    assert all(alone.table[name].null_count() == alone.table.height for name in chance)
+    assert "above chance" in repr(found)
+    assert "chance" not in repr(alone)
 
 
 def test_relation_is_the_longest_step(rows):
@@ -298,7 +310,7 @@ def test_damaged_and_foreign_files_are_told(rows, tmp_path):
         ("min_support", float("nan")),
         ("top", 0),
         ("by", "luck"),
-        ("null", "none"),
+        ("null", "chance"),
         ("n_experts", 0),
         ("n_experts", 17),
         ("threads", 0),
@@ -336,8 +348,8 @@ def _values(n):
 def test_ctrl_c_and_other_exceptions_pass_through(rows):
     from moecollab._core import mine_pairs
 
-    wanted = {"n_experts": 16, "size": 2, "least": 1, "top": 1, "by_lift": False, "threads": 1}
-
+    wanted = {"n_experts": 16, "size": 2, "least": 1, "top": 1, "by_lift": False}
+    wanted |= {"chance": True, "threads": 1}
     for error in (KeyboardInterrupt, ZeroDivisionError):
 
         def stop(stage, share, error=error):
@@ -351,7 +363,8 @@ def test_the_core_checks_what_it_is_given(rows):
     from moecollab._core import count_sets, mine_sets
 
     arrays = (rows.indptr, rows.sites, rows.values)
-    good = {"n_experts": 16, "size": 3, "least": 1, "top": 1, "by_lift": False, "threads": 1}
+    good = {"n_experts": 16, "size": 3, "least": 1, "top": 1, "by_lift": False}
+    good |= {"chance": True, "threads": 1}
     for bad in ({"n_experts": 5}, {"n_experts": 0}, {"size": 9}, {"least": 0}):
         name = next(iter(bad))
         with pytest.raises(SettingsError, match=f"^{name} is"):

@@ -107,13 +107,17 @@ def caep_ranking(
 
 @type_check_only
 class MiningSettings(TypedDict):
-    """What to mine; every key is needed. `least` is a count; threads 0: one per processor."""
+    """What to mine; every key is needed. `least` is a count; threads 0: one per processor.
+
+    Without `chance`, the three arrays of it are empty.
+    """
 
     n_experts: int
     size: int
     least: int
     top: int
     by_lift: bool
+    chance: bool
     threads: int
 
 @type_check_only

@@ -37,6 +37,8 @@ pub struct MiningParams {
     pub top: usize,
     /// Whether the kept are those of largest lift, not of largest count.
     pub by_lift: bool,
+    /// Whether to say what chance gives; if not, that part is empty.
+    pub chance: bool,
     /// Threads; one per processor if 0.
     pub threads: usize,
 }
@@ -103,7 +105,11 @@ pub fn mine_pairs(
         strata: &strata,
     };
     let mut told = |share| watch("chance", share);
-    let found = chance::chance(&baskets, layers, &count, &pool, &mut told);
+    let found = if params.chance {
+        chance::chance(&baskets, layers, &count, &pool, &mut told)
+    } else {
+        Some(Chance::default())
+    };
     let load = baskets.loads();
     Ok(found.map(|found: Chance| MinedPairs {
         count,
@@ -141,7 +147,8 @@ pub fn mine_sets(
         n_experts: params.n_experts,
         strata: &strata,
     };
-    let chance = set_chance::set_chance(&baskets, layers, (&best, params.size), &pool);
+    let judged = if params.chance { &best[..] } else { &[] };
+    let chance = set_chance::set_chance(&baskets, layers, (judged, params.size), &pool);
     let part = |part: fn(&SetChance) -> f64| chance.iter().map(part).collect();
     let sites = best.iter().flat_map(|found| &found.sites[..params.size]);
     Ok(Some(MinedSets {

@@ -17,6 +17,7 @@ pub(crate) struct Settings {
     least: u32,
     top: usize,
     by_lift: bool,
+    chance: bool,
     threads: usize,
 }
 
@@ -28,6 +29,7 @@ impl From<Settings> for MiningParams {
             least: from.least,
             top: from.top,
             by_lift: from.by_lift,
+            chance: from.chance,
             threads: from.threads,
         }
     }

@@ -127,7 +127,7 @@ def mine(  # noqa: PLR0913 (one parameter per option)
         Literal["count", "lift"], typer.Option(help="What the kept are best in")
     ] = "count",
     null: Annotated[
-        Literal["load", "token"],
+        Literal["load", "token", "none"],
         typer.Option(help="Chance: each expert keeps its load, or its load with each token id"),
     ] = "load",
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,

@@ -61,7 +61,8 @@ class Mined:
         - ``relation``: "same layer" if two members share one; else "neighbouring" if no step from
           one member's MoE layer to the next is longer than one layer; else "distant"
 
-        Where the null cannot change a count, ``expected``, ``z``, ``log10_p`` and ``q`` are null.
+        Where the null cannot change a count, or there is none, ``expected``, ``z``, ``log10_p``
+        and ``q`` are null.
     histogram : polars.DataFrame
         How many sets (``n_sets``) have each ``count``, for counts from `least` on; pairs: all.
     size : int
@@ -133,11 +134,12 @@ class Mined:
     def __repr__(self) -> str:
         kind = {2: "pairs", 3: "triplets"}.get(self.size, f"sets of {self.size}")
         found = "all" if self.complete else f"the best {self.table.height:,}"
-        significant = self.table.filter(pl.col("q") < 0.05).height
+        null, significant = self.settings.get("null"), self.table.filter(pl.col("q") < 0.05).height
+        chance = "" if null == "none" else f"{significant:,} above chance at q < 0.05 by {null}; "
         return (
             f"Mined({found} of {self.n_found:,} {kind} with support ≥ {self.least:,} of "
-            f"{self.n_rows:,} tokens, of {self.n_sets:,} there are; {significant:,} above chance "
-            f"at q < 0.05 by {self.settings.get('null', '?')}; {_best(self.table, self.size)})"
+            f"{self.n_rows:,} tokens, of {self.n_sets:,} there are; {chance}"
+            f"{_best(self.table, self.size)})"
         )
 
 

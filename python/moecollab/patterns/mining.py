@@ -28,7 +28,7 @@ from moecollab.record.rows import Rows
 if TYPE_CHECKING:
     from moecollab._core import MinedPairs, MinedSets, MiningSettings
 
-Null: TypeAlias = Literal["load", "token"]
+Null: TypeAlias = Literal["load", "token", "none"]
 By: TypeAlias = Literal["count", "lift"]
 MOST_MEMBERS = 6
 TOP_PAIRS, TOP_SETS = 5_000_000, 100_000
@@ -76,14 +76,14 @@ def mine(  # noqa: PLR0913 (one parameter per option)
         Sets to keep, ≥ 1; by default five million pairs, or 100,000 larger sets.
     by : {"count", "lift"}
         What the kept sets are the largest of.
-    null : {"load", "token"}
+    null : {"load", "token", "none"}
         What chance is. Tokens change places at random, independently in each layer: "load" lets
         all change with all, so that each expert keeps its load; "token" only those of equal token
         id, so that what a token's identity explains is chance too. Between two layers the count is
         then hypergeometric, or a sum of such, whose tail is that of a binomial of the same first
         three moments. Within a layer the exchange changes nothing; there the null draws the k
         experts of each token anew with every expert's load kept (conditional Poisson sampling).
-        Nothing is simulated. Details stand in ``docs/mining.md``.
+        Nothing is simulated. "none" only counts. Details stand in ``docs/mining.md``.
     n_experts : int, optional
         Experts per layer; needed for rows, which know no layers.
     threads : int, optional
@@ -116,6 +116,7 @@ def mine(  # noqa: PLR0913 (one parameter per option)
         "least": least,
         "top": top or (TOP_PAIRS if size == 2 else TOP_SETS),
         "by_lift": by == "lift",
+        "chance": null != "none",
         "threads": threads or 0,
     }
     strata = source.token_ids if null == "token" else None
@@ -180,21 +181,19 @@ def _pairs(
     from moecollab._core import mine_pairs
 
     found: MinedPairs = _run(mine_pairs, source, strata, settings)
-    count = found["count"]
+    count, load = found["count"], found["load"]
     first, second = np.triu_indices(source.rows.n_sites, 1)
     histogram = np.bincount(count, minlength=source.rows.n_rows + 1)
-    q = _adjusted(found["log10_p"], len(count))
+    chance = _chance(found, len(count), len(count))
     kept = np.flatnonzero(count >= settings["least"])
     sites = np.stack([first[kept], second[kept]], axis=1)
-    lift = _lift(sites, count[kept], found["load"], source.rows.n_rows)
+    lift = _lift(sites, count[kept], load, source.rows.n_rows)
     order = np.argsort(-(lift if settings["by_lift"] else count[kept]), kind="stable")
     order = order[: settings["top"]]
     kept = kept[order]
-    parts = {name: found[name][kept] for name in ("expected", "variance", "log10_p")}
-    return (
-        _table(source, sites[order], count[kept], lift[order], parts | {"q": q[kept]}),
-        _histogram(histogram),
-    )
+    chance = {name: values[kept] for name, values in chance.items()}
+    table = _table(source, sites[order], count[kept], lift[order], chance)
+    return table, _histogram(histogram)
 
 
 def _sets(
@@ -206,10 +205,8 @@ def _sets(
     sites, count = found["site"], found["count"]
     lift = _lift(sites, count, found["load"], source.rows.n_rows)
     # Ranks among the kept are at most those among all sets, so q is never too small.
-    q = _adjusted(found["log10_p"], math.comb(source.rows.n_sites, settings["size"]))
-    parts = {name: found[name] for name in ("expected", "variance", "log10_p")}
-    table = _table(source, sites, count, lift, parts | {"q": q})
-    return table, _histogram(found["histogram"])
+    chance = _chance(found, len(count), math.comb(source.rows.n_sites, settings["size"]))
+    return _table(source, sites, count, lift, chance), _histogram(found["histogram"])
 
 
 def _run(
@@ -236,6 +233,20 @@ def _lift(
     share = load.astype(np.float64) / n_rows
     lift: NDArray[np.float64] = count / n_rows / np.prod(share[sites], axis=1)
     return lift
+
+
+def _chance(
+    found: MinedPairs | MinedSets, n_sets: int, n_tests: int
+) -> dict[str, NDArray[np.float64]]:
+    """What chance gives for every set; NaN if it was not asked for."""
+    if not len(found["expected"]):
+        return {name: np.full(n_sets, np.nan) for name in ("expected", "variance", "log10_p", "q")}
+    return {
+        "expected": found["expected"],
+        "variance": found["variance"],
+        "log10_p": found["log10_p"],
+        "q": _adjusted(found["log10_p"], n_tests),
+    }
 
 
 def _adjusted(log10_p: NDArray[np.float64], n_tests: int) -> NDArray[np.float64]:
