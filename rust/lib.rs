@@ -41,7 +41,9 @@ mod py;
 pub use contribution::{Ranking, rank_contributions};
 pub use error::{Error, Result};
 pub use hierarchy::{Fit, FittedLevel, fit};
-pub use mining::{MinedPairs, MinedSets, MiningParams, Watch, count_sets, mine_pairs, mine_sets};
+pub use mining::{
+    Baskets, MinedPairs, MinedSets, MiningParams, Watch, count_sets, mine_pairs, mine_sets,
+};
 pub use objective::Terms;
 pub use params::{Params, ValidParams};
 pub use rows::{Entry, Rows};

@@ -1,23 +1,34 @@
 //! Which sites are active in each row, values left out: what mining counts.
 
-use crate::rows::Rows;
+use crate::error::Result;
+use crate::rows::{check_lengths, check_sites, check_values};
 
-/// Active sites of every row, ascending within a row.
+/// Active sites of every row, checked: ascending within a row, in range.
 #[derive(Debug, Clone)]
-pub(super) struct Baskets {
+pub struct Baskets {
     starts: Vec<usize>,
     sites: Vec<u32>,
     n_sites: usize,
 }
 
 impl Baskets {
-    /// The sites of checked rows.
-    pub fn new(rows: &Rows) -> Self {
-        let mut out = Self::with_sites(rows.n_sites());
-        for row in 0..rows.len() {
-            out.push(rows.row(row).iter().map(|entry| entry.index));
+    /// The sites of sparse rows whose value is above 0.
+    ///
+    /// # Errors
+    /// As for [`crate::Rows::new`].
+    pub fn new(indptr: &[i64], sites: &[u32], values: &[f32], n_sites: usize) -> Result<Self> {
+        check_lengths(indptr, sites, values, n_sites)?;
+        check_values(values)?;
+        let mut out = Self::with_sites(n_sites);
+        out.starts.reserve_exact(indptr.len());
+        out.sites.reserve_exact(sites.len());
+        for bounds in indptr.windows(2) {
+            let range = bounds[0] as usize..bounds[1] as usize;
+            check_sites(&sites[range.clone()], range.start, n_sites)?;
+            let pairs = sites[range.clone()].iter().zip(&values[range]);
+            out.push(pairs.filter(|pair| *pair.1 > 0.0).map(|pair| *pair.0));
         }
-        out
+        Ok(out)
     }
 
     /// No rows yet, over this many sites.
@@ -60,21 +71,25 @@ impl Baskets {
     }
 
     /// Number of rows.
+    #[must_use]
     pub fn len(&self) -> usize {
         self.starts.len() - 1
     }
 
     /// Number of sites.
+    #[must_use]
     pub fn n_sites(&self) -> usize {
         self.n_sites
     }
 
     /// Active sites of one row.
+    #[must_use]
     pub fn row(&self, row: usize) -> &[u32] {
         &self.sites[self.starts[row]..self.starts[row + 1]]
     }
 
     /// Rows that hold each site: its load.
+    #[must_use]
     pub fn loads(&self) -> Vec<u32> {
         let mut loads = vec![0; self.n_sites];
         for &site in &self.sites {
@@ -83,7 +98,14 @@ impl Baskets {
         loads
     }
 
+    /// Whether there are no rows.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Active sites over all rows.
+    #[must_use]
     pub fn n_entries(&self) -> usize {
         self.sites.len()
     }
@@ -95,8 +117,10 @@ mod tests {
 
     #[test]
     fn holds_what_rows_hold() {
-        let rows = Rows::new(&[0, 2, 2, 4], &[0, 2, 1, 2], &[1.0, 2.0, 0.0, 3.0], 3).unwrap();
-        let baskets = Baskets::new(&rows);
+        let (sites, values) = ([0, 2, 1, 2], [1.0, 2.0, 0.0, 3.0]);
+        let baskets = Baskets::new(&[0, 2, 2, 4], &sites, &values, 3).unwrap();
+        assert!(Baskets::new(&[0, 2, 2, 4], &sites, &values, 2).is_err());
+        assert!(Baskets::new(&[0, 4], &sites, &values, 3).is_err());
         assert_eq!((baskets.row(0), baskets.row(1)), (&[0, 2][..], &[][..]));
         assert_eq!(baskets.loads(), [1, 0, 2]);
         assert_eq!(baskets.n_entries(), 3);

@@ -14,9 +14,8 @@ mod within;
 
 use crate::error::{Error, Result};
 use crate::parallel::Pool;
-use crate::rows::Rows;
 
-use baskets::Baskets;
+pub use baskets::Baskets;
 use best::MOST_SITES;
 use chance::Chance;
 use pairs::Method;
@@ -87,16 +86,15 @@ pub type Watch<'a> = dyn FnMut(&'static str, f64) -> bool + 'a;
 /// # Errors
 /// Layers or strata that do not fit the rows; threads that cannot be started.
 pub fn mine_pairs(
-    rows: &Rows,
+    baskets: &Baskets,
     strata: Option<&[u32]>,
     params: &MiningParams,
     watch: &mut Watch,
 ) -> Result<Option<MinedPairs>> {
-    let strata = check(rows, strata, params)?;
+    let strata = check(baskets, strata, params)?;
     let pool = Pool::new(params.threads)?;
-    let baskets = Baskets::new(rows);
-    let method = Method::best(&baskets);
-    let counts = pairs::count_pairs(&baskets, method, &pool, &mut |share| watch("count", share));
+    let method = Method::best(baskets);
+    let counts = pairs::count_pairs(baskets, method, &pool, &mut |share| watch("count", share));
     let Some(count) = counts else {
         return Ok(None);
     };
@@ -106,7 +104,7 @@ pub fn mine_pairs(
     };
     let mut told = |share| watch("chance", share);
     let found = if params.chance {
-        chance::chance(&baskets, layers, &count, &pool, &mut told)
+        chance::chance(baskets, layers, &count, &pool, &mut told)
     } else {
         Some(Chance::default())
     };
@@ -125,21 +123,20 @@ pub fn mine_pairs(
 /// # Errors
 /// Layers, strata or settings that do not fit; threads that cannot be started.
 pub fn mine_sets(
-    rows: &Rows,
+    baskets: &Baskets,
     strata: Option<&[u32]>,
     params: &MiningParams,
     watch: &mut Watch,
 ) -> Result<Option<MinedSets>> {
-    let strata = check(rows, strata, params)?;
+    let strata = check(baskets, strata, params)?;
     let pool = Pool::new(params.threads)?;
-    let baskets = Baskets::new(rows);
     let wanted = Wanted {
         size: params.size,
         least: params.least,
         top: params.top,
         by_lift: params.by_lift,
     };
-    let found = sets::find_sets(&baskets, wanted, &pool, &mut |share| watch("count", share));
+    let found = sets::find_sets(baskets, wanted, &pool, &mut |share| watch("count", share));
     let Some(Sets { best, histogram }) = found else {
         return Ok(None);
     };
@@ -148,7 +145,7 @@ pub fn mine_sets(
         strata: &strata,
     };
     let judged = if params.chance { &best[..] } else { &[] };
-    let chance = set_chance::set_chance(&baskets, layers, (judged, params.size), &pool);
+    let chance = set_chance::set_chance(baskets, layers, (judged, params.size), &pool);
     let part = |part: fn(&SetChance) -> f64| chance.iter().map(part).collect();
     let sites = best.iter().flat_map(|found| &found.sites[..params.size]);
     Ok(Some(MinedSets {
@@ -166,8 +163,13 @@ pub fn mine_sets(
 ///
 /// # Errors
 /// Sites out of range; threads that cannot be started.
-pub fn count_sets(rows: &Rows, sets: &[u32], size: usize, threads: usize) -> Result<Vec<u32>> {
-    let n_sites = rows.n_sites();
+pub fn count_sets(
+    baskets: &Baskets,
+    sets: &[u32],
+    size: usize,
+    threads: usize,
+) -> Result<Vec<u32>> {
+    let n_sites = baskets.n_sites();
     if let Some(position) = sets.iter().position(|&site| site as usize >= n_sites) {
         return Err(Error::Value {
             what: "sets",
@@ -177,17 +179,16 @@ pub fn count_sets(rows: &Rows, sets: &[u32], size: usize, threads: usize) -> Res
         });
     }
     let pool = Pool::new(threads)?;
-    let baskets = Baskets::new(rows);
-    Ok(set_chance::count_sets(&baskets, sets, size.max(1), &pool))
+    Ok(set_chance::count_sets(baskets, sets, size.max(1), &pool))
 }
 
 /// The strata, if everything fits.
-fn check(rows: &Rows, strata: Option<&[u32]>, params: &MiningParams) -> Result<Strata> {
+fn check(baskets: &Baskets, strata: Option<&[u32]>, params: &MiningParams) -> Result<Strata> {
     let whole = |name, got: usize, allowed| {
         let got = got.to_string();
         Err(Error::Setting { name, got, allowed })
     };
-    let (n_sites, n_experts) = (rows.n_sites(), params.n_experts);
+    let (n_sites, n_experts) = (baskets.n_sites(), params.n_experts);
     if n_experts == 0 || !n_sites.is_multiple_of(n_experts) {
         let allowed = format!("a divisor of the {n_sites} sites");
         return whole("n_experts", n_experts, allowed);
@@ -199,12 +200,12 @@ fn check(rows: &Rows, strata: Option<&[u32]>, params: &MiningParams) -> Result<S
         return whole("least", 0, "at least 1".to_owned());
     }
     match strata {
-        None => Ok(Strata::whole(rows.len())),
-        Some(numbers) if numbers.len() == rows.len() => Ok(Strata::by(numbers)),
+        None => Ok(Strata::whole(baskets.len())),
+        Some(numbers) if numbers.len() == baskets.len() => Ok(Strata::by(numbers)),
         Some(numbers) => Err(Error::Length {
             what: "strata",
             got: numbers.len(),
-            expected: rows.len(),
+            expected: baskets.len(),
         }),
     }
 }

@@ -74,7 +74,7 @@ pub(crate) fn fit_dictionary<'py>(
     }
 }
 
-pub(crate) fn checked(rows: &Bound<PyTuple>, n_sites: usize) -> PyResult<Rows> {
+fn checked(rows: &Bound<PyTuple>, n_sites: usize) -> PyResult<Rows> {
     let (indptr, sites, values): Arrays = rows.extract()?;
     let pointers = arrays::array::<i64>(&indptr, "indptr")?;
     let sites = arrays::array::<u32>(&sites, "sites")?;

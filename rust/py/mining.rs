@@ -5,8 +5,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::error::Result;
-use crate::mining::{self, MinedSets, MiningParams};
-use crate::py::{arrays, errors, fitting};
+use crate::mining::{self, Baskets, MinedSets, MiningParams};
+use crate::py::{arrays, errors};
 
 /// Settings as Python passes them.
 #[derive(FromPyObject)]
@@ -33,6 +33,21 @@ impl From<Settings> for MiningParams {
             threads: from.threads,
         }
     }
+}
+
+/// Pointers, sites and values of sparse rows.
+type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+
+fn checked(rows: &Bound<PyTuple>, n_sites: usize) -> PyResult<Baskets> {
+    let (indptr, sites, values): Arrays = rows.extract()?;
+    let pointers = arrays::array::<i64>(&indptr, "indptr")?;
+    let sites = arrays::array::<u32>(&sites, "sites")?;
+    let values = arrays::array::<f32>(&values, "values")?;
+    let pointers_view = arrays::view(&pointers, "indptr", 1)?;
+    let sites_view = arrays::view(&sites, "sites", 1)?;
+    let values_view = arrays::view(&values, "values", 1)?;
+    Baskets::new(pointers_view, sites_view, values_view, n_sites)
+        .map_err(|error| errors::to_python(rows.py(), &error))
 }
 
 /// Strata, one number per row, if there are any.
@@ -82,11 +97,11 @@ pub(crate) fn mine_pairs<'py>(
     settings: Settings,
     watch: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyDict>> {
-    let rows = fitting::checked(rows, n_sites)?;
+    let baskets = checked(rows, n_sites)?;
     let strata = numbers(strata)?;
     let (strata, params) = (numbers_view(&strata)?, settings.into());
     let found = run(watch, |watch| {
-        mining::mine_pairs(&rows, strata, &params, watch)
+        mining::mine_pairs(&baskets, strata, &params, watch)
     })?;
     let out = PyDict::new(py);
     out.set_item("count", PyArray1::from_vec(py, found.count))?;
@@ -107,11 +122,11 @@ pub(crate) fn mine_sets<'py>(
     settings: Settings,
     watch: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyDict>> {
-    let rows = fitting::checked(rows, n_sites)?;
+    let baskets = checked(rows, n_sites)?;
     let strata = numbers(strata)?;
     let (strata, params) = (numbers_view(&strata)?, MiningParams::from(settings));
     let found = run(watch, |watch| {
-        mining::mine_sets(&rows, strata, &params, watch)
+        mining::mine_sets(&baskets, strata, &params, watch)
     })?;
     plain(py, found, params.size)
 }
@@ -139,11 +154,11 @@ pub(crate) fn count_sets<'py>(
     sets: &Bound<'py, PyAny>,
     threads: usize,
 ) -> PyResult<Bound<'py, PyArray1<u32>>> {
-    let rows = fitting::checked(rows, n_sites)?;
+    let baskets = checked(rows, n_sites)?;
     let sets = arrays::array::<u32>(sets, "sets")?;
     let view = arrays::view(&sets, "sets", 2)?;
     let size = sets.shape()[1];
-    let counts = py.detach(|| mining::count_sets(&rows, view, size, threads));
+    let counts = py.detach(|| mining::count_sets(&baskets, view, size, threads));
     let counts = counts.map_err(|error| errors::to_python(py, &error))?;
     Ok(PyArray1::from_vec(py, counts))
 }
