@@ -285,7 +285,7 @@ def _table(
         "z": z,
         "log10_p": chance["log10_p"],
         "q": chance["q"],
-        "relation": np.asarray(RELATIONS)[_relation(place)],
+        "relation": pl.Series(RELATIONS, dtype=pl.Enum(RELATIONS)).gather(_relation(place)),
     }
     return pl.DataFrame(found, schema=columns(size)).with_columns(
         pl.col("expected", "z", "log10_p", "q").fill_nan(None)
