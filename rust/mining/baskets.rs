@@ -1,30 +1,42 @@
 //! Which sites are active in each row, values left out: what mining counts.
 
+use std::borrow::Cow;
+
 use crate::error::Result;
 use crate::rows::{check_lengths, check_sites, check_values};
 
 /// Active sites of every row, checked: ascending within a row, in range.
 #[derive(Debug, Clone)]
-pub struct Baskets {
+pub struct Baskets<'a> {
     starts: Vec<usize>,
-    sites: Vec<u32>,
+    sites: Cow<'a, [u32]>,
     n_sites: usize,
 }
 
-impl Baskets {
-    /// The sites of sparse rows whose value is above 0.
+impl<'a> Baskets<'a> {
+    /// The sites of sparse rows whose value is above 0; not copied if all are.
     ///
     /// # Errors
     /// As for [`crate::Rows::new`].
-    pub fn new(indptr: &[i64], sites: &[u32], values: &[f32], n_sites: usize) -> Result<Self> {
+    pub fn new(indptr: &[i64], sites: &'a [u32], values: &[f32], n_sites: usize) -> Result<Self> {
         check_lengths(indptr, sites, values, n_sites)?;
+        for bounds in indptr.windows(2) {
+            let row = &sites[bounds[0] as usize..bounds[1] as usize];
+            if !ascending_below(row, n_sites) {
+                check_sites(row, bounds[0] as usize, n_sites)?;
+            }
+        }
+        if all_positive(values) {
+            return Ok(Self {
+                starts: indptr.iter().map(|&start| start as usize).collect(),
+                sites: Cow::Borrowed(sites),
+                n_sites,
+            });
+        }
         check_values(values)?;
         let mut out = Self::with_sites(n_sites);
-        out.starts.reserve_exact(indptr.len());
-        out.sites.reserve_exact(sites.len());
         for bounds in indptr.windows(2) {
             let range = bounds[0] as usize..bounds[1] as usize;
-            check_sites(&sites[range.clone()], range.start, n_sites)?;
             let pairs = sites[range.clone()].iter().zip(&values[range]);
             out.push(pairs.filter(|pair| *pair.1 > 0.0).map(|pair| *pair.0));
         }
@@ -35,7 +47,7 @@ impl Baskets {
     pub(super) fn with_sites(n_sites: usize) -> Self {
         Self {
             starts: vec![0],
-            sites: Vec::new(),
+            sites: Cow::Owned(Vec::new()),
             n_sites,
         }
     }
@@ -43,31 +55,30 @@ impl Baskets {
     /// Takes all rows out and keeps the memory.
     pub(super) fn clear(&mut self, n_sites: usize) {
         self.starts.truncate(1);
-        self.sites.clear();
+        self.sites.to_mut().clear();
         self.n_sites = n_sites;
     }
 
     /// One more row of ascending sites.
     pub(super) fn push(&mut self, sites: impl Iterator<Item = u32>) {
-        self.sites.extend(sites);
+        self.sites.to_mut().extend(sites);
         self.starts.push(self.sites.len());
     }
 
     /// Takes all sites before this one out, so that the rest lies close together.
     pub(super) fn drop_before(&mut self, site: u32) {
+        let sites = self.sites.to_mut();
         let (mut end, mut start) = (0, 0);
         for row in 1..self.starts.len() {
             let stop = std::mem::replace(&mut self.starts[row], 0);
-            let early = self.sites[start..stop]
-                .iter()
-                .take_while(|&&own| own < site);
+            let early = sites[start..stop].iter().take_while(|&&own| own < site);
             let from = start + early.count();
-            self.sites.copy_within(from..stop, end);
+            sites.copy_within(from..stop, end);
             end += stop - from;
             self.starts[row] = end;
             start = stop;
         }
-        self.sites.truncate(end);
+        sites.truncate(end);
     }
 
     /// Number of rows.
@@ -92,7 +103,7 @@ impl Baskets {
     #[must_use]
     pub fn loads(&self) -> Vec<u32> {
         let mut loads = vec![0; self.n_sites];
-        for &site in &self.sites {
+        for &site in self.sites.iter() {
             loads[site as usize] += 1;
         }
         loads
@@ -109,6 +120,29 @@ impl Baskets {
     pub fn n_entries(&self) -> usize {
         self.sites.len()
     }
+}
+
+/// Whether sites ascend and stay below a number.
+#[allow(
+    clippy::needless_bitwise_bool,
+    reason = "a branch per site would cost much more"
+)]
+fn ascending_below(row: &[u32], n_sites: usize) -> bool {
+    let rising = row
+        .windows(2)
+        .fold(true, |good, pair| good & (pair[0] < pair[1]));
+    rising && row.last().is_none_or(|&site| (site as usize) < n_sites)
+}
+
+#[allow(
+    clippy::needless_bitwise_bool,
+    reason = "a branch per value would cost much more"
+)]
+fn all_positive(values: &[f32]) -> bool {
+    values.chunks(1024).all(|chunk| {
+        let good = |good, &value| good & (value > 0.0) & (value < f32::INFINITY);
+        chunk.iter().fold(true, good)
+    })
 }
 
 #[cfg(test)]

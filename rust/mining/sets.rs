@@ -130,7 +130,7 @@ struct Desk {
     histogram: Vec<u32>,
     counts: Vec<u32>,
     bitmaps: Bitmaps,
-    cut: Baskets,
+    cut: Baskets<'static>,
 }
 
 impl Desk {

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 
 type Sparse = Vec<BTreeSet<u32>>;
 
-fn baskets(rows: &Sparse, n_sites: usize) -> Baskets {
+fn baskets(rows: &Sparse, n_sites: usize) -> Baskets<'static> {
     let mut out = Baskets::with_sites(n_sites);
     for row in rows {
         out.push(row.iter().copied());

@@ -35,19 +35,29 @@ impl From<Settings> for MiningParams {
     }
 }
 
-/// Pointers, sites and values of sparse rows.
-type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+/// Sparse rows as Python passes them.
+struct Arrays<'py> {
+    indptr: PyReadonlyArrayDyn<'py, i64>,
+    sites: PyReadonlyArrayDyn<'py, u32>,
+    values: PyReadonlyArrayDyn<'py, f32>,
+}
 
-fn checked(rows: &Bound<PyTuple>, n_sites: usize) -> PyResult<Baskets> {
-    let (indptr, sites, values): Arrays = rows.extract()?;
-    let pointers = arrays::array::<i64>(&indptr, "indptr")?;
-    let sites = arrays::array::<u32>(&sites, "sites")?;
-    let values = arrays::array::<f32>(&values, "values")?;
-    let pointers_view = arrays::view(&pointers, "indptr", 1)?;
-    let sites_view = arrays::view(&sites, "sites", 1)?;
-    let values_view = arrays::view(&values, "values", 1)?;
-    Baskets::new(pointers_view, sites_view, values_view, n_sites)
-        .map_err(|error| errors::to_python(rows.py(), &error))
+impl<'py> Arrays<'py> {
+    fn new(rows: &Bound<'py, PyTuple>) -> PyResult<Self> {
+        Ok(Self {
+            indptr: arrays::array(&rows.get_item(0)?, "indptr")?,
+            sites: arrays::array(&rows.get_item(1)?, "sites")?,
+            values: arrays::array(&rows.get_item(2)?, "values")?,
+        })
+    }
+
+    fn baskets(&self, py: Python, n_sites: usize) -> PyResult<Baskets<'_>> {
+        let indptr = arrays::view(&self.indptr, "indptr", 1)?;
+        let sites = arrays::view(&self.sites, "sites", 1)?;
+        let values = arrays::view(&self.values, "values", 1)?;
+        let baskets = py.detach(|| Baskets::new(indptr, sites, values, n_sites));
+        baskets.map_err(|error| errors::to_python(py, &error))
+    }
 }
 
 /// Strata, one number per row, if there are any.
@@ -97,7 +107,8 @@ pub(crate) fn mine_pairs<'py>(
     settings: Settings,
     watch: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyDict>> {
-    let baskets = checked(rows, n_sites)?;
+    let rows = Arrays::new(rows)?;
+    let baskets = rows.baskets(py, n_sites)?;
     let strata = numbers(strata)?;
     let (strata, params) = (numbers_view(&strata)?, settings.into());
     let found = run(watch, |watch| {
@@ -122,7 +133,8 @@ pub(crate) fn mine_sets<'py>(
     settings: Settings,
     watch: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyDict>> {
-    let baskets = checked(rows, n_sites)?;
+    let rows = Arrays::new(rows)?;
+    let baskets = rows.baskets(py, n_sites)?;
     let strata = numbers(strata)?;
     let (strata, params) = (numbers_view(&strata)?, MiningParams::from(settings));
     let found = run(watch, |watch| {
@@ -154,7 +166,8 @@ pub(crate) fn count_sets<'py>(
     sets: &Bound<'py, PyAny>,
     threads: usize,
 ) -> PyResult<Bound<'py, PyArray1<u32>>> {
-    let baskets = checked(rows, n_sites)?;
+    let rows = Arrays::new(rows)?;
+    let baskets = rows.baskets(py, n_sites)?;
     let sets = arrays::array::<u32>(sets, "sets")?;
     let view = arrays::view(&sets, "sets", 2)?;
     let size = sets.shape()[1];
