@@ -95,14 +95,14 @@ def test_pairs_by_pyfim_apriori(benchmark, n_tokens):
 def test_pairs_by_mlxtend(benchmark):
     patterns = pytest.importorskip("mlxtend.frequent_patterns", reason="mlxtend is not installed")
     pandas = pytest.importorskip("pandas")
-    rows = some(200)
+    rows = some(100)
     table = pandas.DataFrame(rows.dense() > 0)
 
     def run():
-        return patterns.fpgrowth(table, min_support=0.05, max_len=2)
+        return patterns.fpgrowth(table, min_support=0.2, max_len=2)
 
     found = benchmark.pedantic(run, rounds=1, iterations=1)
-    mined = mc.mine(rows, n_experts=N_EXPERTS, min_support=0.05, null="none")
+    mined = mc.mine(rows, n_experts=N_EXPERTS, min_support=0.2, null="none")
     assert (found["itemsets"].map(len) == 2).sum() == mined.n_found
 
 

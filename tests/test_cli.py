@@ -101,6 +101,7 @@ def test_the_verbs_in_a_row(inside, model_folder, text, tmp_path):
     for command in (
         ["extract", model_folder, text, "--out", acts],
         ["fit", acts, "--out", collab, "--atoms", "3,4", "--rows", "sample"],
+        ["mine", acts, "--out", tmp_path / "pairs", "--null", "token"],
         ["score", acts, "--criterion", "caep", "--collaboration", collab, "--out", scores],
         ["plan", scores, "--drop", "0.25", "--out", plan],
         ["mask", model_folder, plan, "--out", masked],
