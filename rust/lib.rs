@@ -22,6 +22,7 @@ mod error;
 mod hierarchy;
 mod level;
 mod median;
+mod mining;
 mod moves;
 mod objective;
 mod parallel;
@@ -46,6 +47,9 @@ pub use contribution::{Ranking, rank_contributions};
 pub use encoding::Codebook;
 pub use error::{Error, Result};
 pub use hierarchy::{Fit, FittedLevel, fit};
+pub use mining::{
+    Baskets, MinedPairs, MinedSets, MiningParams, Watch, count_sets, mine_pairs, mine_sets,
+};
 pub use objective::Terms;
 pub use params::{Params, ValidParams};
 pub use rows::{Entry, Rows};

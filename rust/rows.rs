@@ -29,18 +29,7 @@ impl Rows {
     /// Empty input, lengths that do not fit, sites out of range or not ascending, values that are
     /// negative or not finite.
     pub fn new(indptr: &[i64], sites: &[u32], values: &[f32], n_sites: usize) -> Result<Self> {
-        check_pointers(indptr, sites.len())?;
-        if values.len() != sites.len() {
-            let (got, expected) = (values.len(), sites.len());
-            return Err(Error::Length {
-                what: "values",
-                got,
-                expected,
-            });
-        }
-        if n_sites == 0 {
-            return Err(Error::Empty { what: "sites" });
-        }
+        check_lengths(indptr, sites, values, n_sites)?;
         check_values(values)?;
         let mut starts = Vec::with_capacity(indptr.len());
         let mut entries = Vec::with_capacity(sites.len());
@@ -162,6 +151,28 @@ pub(crate) fn transpose(lists: &Lists, n: usize) -> Lists {
     out
 }
 
+/// Raises unless pointers, sites and values belong together and there are sites.
+pub(crate) fn check_lengths(
+    indptr: &[i64],
+    sites: &[u32],
+    values: &[f32],
+    n_sites: usize,
+) -> Result<()> {
+    check_pointers(indptr, sites.len())?;
+    if values.len() != sites.len() {
+        let (got, expected) = (values.len(), sites.len());
+        return Err(Error::Length {
+            what: "values",
+            got,
+            expected,
+        });
+    }
+    if n_sites == 0 {
+        return Err(Error::Empty { what: "sites" });
+    }
+    Ok(())
+}
+
 fn check_pointers(indptr: &[i64], n_entries: usize) -> Result<()> {
     if indptr.len() < 2 {
         return Err(Error::Empty { what: "rows" });
@@ -196,7 +207,7 @@ fn check_pointers(indptr: &[i64], n_entries: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_values(values: &[f32]) -> Result<()> {
+pub(crate) fn check_values(values: &[f32]) -> Result<()> {
     match values
         .iter()
         .position(|value| !value.is_finite() || *value < 0.0)
@@ -211,7 +222,7 @@ fn check_values(values: &[f32]) -> Result<()> {
     }
 }
 
-fn check_sites(sites: &[u32], offset: usize, n_sites: usize) -> Result<()> {
+pub(crate) fn check_sites(sites: &[u32], offset: usize, n_sites: usize) -> Result<()> {
     for (at, &site) in sites.iter().enumerate() {
         if site as usize >= n_sites || (at > 0 && sites[at - 1] >= site) {
             return Err(Error::Value {

@@ -25,7 +25,18 @@ def run(*arguments, cwd=None):
 def test_help_lists_every_verb():
     found = run("--help")
     assert found.returncode == 0
-    for verb in ("extract", "fit", "score", "plan", "mask", "prune", "evaluate", "report", "demo"):
+    for verb in (
+        "extract",
+        "fit",
+        "mine",
+        "score",
+        "plan",
+        "mask",
+        "prune",
+        "evaluate",
+        "report",
+        "demo",
+    ):
         assert verb in found.stdout
 
 
@@ -37,6 +48,7 @@ def test_usage_error_is_exit_code_two():
     ("arguments", "sentence"),
     [
         (["fit", "nowhere", "--out", "c"], "nowhere"),
+        (["mine", "nowhere", "--out", "m"], "nowhere"),
         (["plan", "nowhere.parquet", "--drop", "0.2", "--out", "p.json"], "nowhere.parquet"),
         (["score", "nowhere", "--criterion", "caap", "--out", "s.parquet"], "caep"),
         (["report", "nowhere", "--out", "r.html"], "nowhere"),
@@ -90,6 +102,7 @@ def test_the_verbs_in_a_row(inside, model_folder, text, tmp_path):
     for command in (
         ["extract", model_folder, text, "--out", acts],
         ["fit", acts, "--out", collab, "--atoms", "3,4", "--rows", "sample"],
+        ["mine", acts, "--out", tmp_path / "pairs", "--null", "token"],
         ["score", acts, "--criterion", "caep", "--collaboration", collab, "--out", scores],
         ["plan", scores, "--drop", "0.25", "--out", plan],
         ["mask", model_folder, plan, "--out", masked],

@@ -14,6 +14,7 @@ from moecollab.cli.main import app
 NOT_ON_THE_COMMAND_LINE = {
     "extract": {"tokenizer"},
     "evaluate": {"tokenizer", "name"},
+    "mine": {"n_experts"},
     "plan": {"keep"},
     "report": {"activations", "collaboration", "scores", "plan", "evaluations"},
 }
@@ -32,7 +33,7 @@ def test_unknown_name_is_an_attribute_error():
 
 
 @pytest.mark.parametrize(
-    "name", ["extract", "score", "plan", "mask", "prune", "evaluate", "report"]
+    "name", ["extract", "mine", "score", "plan", "mask", "prune", "evaluate", "report"]
 )
 def test_commands_have_the_options_of_the_verbs(name):
     api = set(inspect.signature(getattr(mc, name)).parameters)
@@ -49,7 +50,7 @@ def test_fit_has_the_settings_of_hsdl():
 
 
 def test_defaults_agree():
-    for name in ("extract", "score", "plan", "mask", "prune", "evaluate"):
+    for name in ("extract", "mine", "score", "plan", "mask", "prune", "evaluate"):
         api = inspect.signature(getattr(mc, name)).parameters
         for option, parameter in inspect.signature(getattr(verbs, name)).parameters.items():
             if parameter.default is not inspect.Parameter.empty and option != "tasks":

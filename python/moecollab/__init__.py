@@ -1,9 +1,10 @@
 """Which experts of a Mixture-of-Experts model work together, and which it can do without.
 
 ``extract`` records what the routers do on your text, ``HSDL().fit`` finds groups of experts that
-work together across layers, ``score`` and ``plan`` decide which experts to drop, ``mask`` tries a
-plan in memory, ``prune`` writes a smaller checkpoint, ``evaluate`` says what it cost and
-``report`` shows it all on one page. Each is also a command: ``moecollab --help``.
+work together across layers, ``mine`` counts every pair and triplet, ``score`` and ``plan`` decide
+which experts to drop, ``mask`` tries a plan in memory, ``prune`` writes a smaller checkpoint,
+``evaluate`` says what it cost and ``report`` shows it all on one page. Each is also a command:
+``moecollab --help``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from moecollab.criteria.scoring import score
     from moecollab.evaluation.evaluation import Evaluation, evaluate, load_evaluation
     from moecollab.models.masking import mask
+    from moecollab.patterns.coverage import coverage
     from moecollab.patterns.dictionary import HSDL, Collaboration, load_collaboration
+    from moecollab.patterns.mined import Mined, load_mined
+    from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
     from moecollab.pruning.planning import Plan, load_plan, plan
     from moecollab.pruning.pruning import prune
@@ -32,17 +36,21 @@ _HOME = {
     "Collaboration": "patterns.dictionary",
     "Evaluation": "evaluation.evaluation",
     "HSDL": "patterns.dictionary",
+    "Mined": "patterns.mined",
     "Plan": "pruning.planning",
     "Scores": "criteria.scores",
+    "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
     "extract": "record.extraction",
     "load_activations": "record.activations",
     "load_collaboration": "patterns.dictionary",
     "load_evaluation": "evaluation.evaluation",
+    "load_mined": "patterns.mined",
     "load_plan": "pruning.planning",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
     "match_atoms": "patterns.stability",
+    "mine": "patterns.mining",
     "plan": "pruning.planning",
     "prune": "pruning.pruning",
     "report": "reporting.page",
@@ -57,17 +65,21 @@ __all__ = [
     "Activations",
     "Collaboration",
     "Evaluation",
+    "Mined",
     "Plan",
     "Scores",
+    "coverage",
     "evaluate",
     "extract",
     "load_activations",
     "load_collaboration",
     "load_evaluation",
+    "load_mined",
     "load_plan",
     "load_scores",
     "mask",
     "match_atoms",
+    "mine",
     "plan",
     "prune",
     "report",

@@ -6,7 +6,7 @@ from typing import TypedDict, type_check_only
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["caep_ranking", "encode", "fit_dictionary"]
+__all__ = ["caep_ranking", "count_sets", "encode", "fit_dictionary", "mine_pairs", "mine_sets"]
 
 @type_check_only
 class FitSettings(TypedDict):
@@ -130,3 +130,89 @@ def caep_ranking(
         ``step``: 0 for a site below the threshold from the start, one more than there are live
         atoms for one that never falls; ``contribution``: e = D r before the fall.
     """
+
+@type_check_only
+class MiningSettings(TypedDict):
+    """What to mine; every key is needed. `least` is a count; threads 0: one per processor.
+
+    Without `chance`, the three arrays of it are empty.
+    """
+
+    n_experts: int
+    size: int
+    least: int
+    top: int
+    by_lift: bool
+    chance: bool
+    threads: int
+
+@type_check_only
+class MinedPairs(TypedDict):
+    """All pairs (0, 1), (0, 2) … (1, 2) …, arrays of shape (n (n - 1) / 2,); load (n_sites,)."""
+
+    count: NDArray[np.uint32]
+    load: NDArray[np.uint32]
+    expected: NDArray[np.float64]
+    variance: NDArray[np.float64]
+    log10_p: NDArray[np.float64]
+
+@type_check_only
+class MinedSets(TypedDict):
+    """The best sets, site (n_found, size), and in histogram how many of all have each count."""
+
+    site: NDArray[np.uint32]
+    count: NDArray[np.uint32]
+    load: NDArray[np.uint32]
+    histogram: NDArray[np.int64]
+    expected: NDArray[np.float64]
+    variance: NDArray[np.float64]
+    log10_p: NDArray[np.float64]
+
+def mine_pairs(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    n_sites: int,
+    strata: NDArray[np.uint32] | None,
+    settings: MiningSettings,
+    watch: Callable[[str, float], object],
+) -> MinedPairs:
+    """Counts of all pairs of sites, and mean, variance and tail under chance.
+
+    Parameters
+    ----------
+    rows : tuple of arrays
+        As for `fit_dictionary`; a site is active where its value is above 0.
+    n_sites : int
+        Number of sites.
+    strata : uint32 array of shape (n_rows,), or None
+        Rows change places only with rows of the same number; None: all with all.
+    settings : MiningSettings
+        Experts per layer and threads; the rest is not used.
+    watch : callable
+        Called with the stage and the share of it that is done; what it raises ends the work.
+    """
+
+def mine_sets(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    n_sites: int,
+    strata: NDArray[np.uint32] | None,
+    settings: MiningSettings,
+    watch: Callable[[str, float], object],
+) -> MinedSets:
+    """The best sets of three and more sites that at least `least` rows hold.
+
+    Parameters
+    ----------
+    rows, n_sites, strata, watch
+        As for `mine_pairs`.
+    settings : MiningSettings
+        Size, floor, how many to keep and by what. Expected count, variance and tail are NaN for
+        sets inside one layer.
+    """
+
+def count_sets(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    n_sites: int,
+    sets: NDArray[np.uint32],
+    threads: int,
+) -> NDArray[np.uint32]:
+    """How many rows hold all sites of each set (n_sets, size): array of shape (n_sets,)."""

@@ -4,6 +4,7 @@ mod arrays;
 mod encoding;
 mod errors;
 mod fitting;
+mod mining;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -19,6 +20,8 @@ mod _core {
     use super::encoding::encode;
     #[pymodule_export]
     use super::fitting::fit_dictionary;
+    #[pymodule_export]
+    use super::mining::{count_sets, mine_pairs, mine_sets};
 }
 
 /// When each site falls in CAEP's loop, and what it contributed just before.

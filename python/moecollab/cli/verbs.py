@@ -128,6 +128,44 @@ def fit(  # noqa: PLR0913 (one parameter per option)
         raise typer.Exit(130)
 
 
+def mine(  # noqa: PLR0913 (one parameter per option)
+    acts: Annotated[Path, typer.Argument(help="Folder made by extract")],
+    out: Out,
+    size: Annotated[int, typer.Option(help="Experts in a set: 2, 3 … 6")] = 2,
+    min_support: Annotated[float, typer.Option(help="Least share of the tokens")] = 0.001,
+    top: Annotated[
+        int | None,
+        typer.Option(help="Sets to keep; 5 million pairs or 100,000 larger if not given"),
+    ] = None,
+    by: Annotated[
+        Literal["count", "lift"], typer.Option(help="What the kept are best in")
+    ] = "count",
+    null: Annotated[
+        Literal["load", "token", "none"],
+        typer.Option(help="Chance: each expert keeps its load, or its load with each token id"),
+    ] = "load",
+    threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Counts every pair, or larger set, of experts and compares with chance; the control for fit.
+
+    Example: moecollab mine run/activations --size 2 --null token --out run/pairs
+    """
+    with progress.show():
+        found = mc.mine(
+            acts,
+            size,
+            min_support=min_support,
+            top=top,
+            by=by,
+            null=null,
+            threads=threads,
+            out=out,
+            overwrite=overwrite,
+        )
+    _say(f"{out}: {found!r}")
+
+
 def score(
     activations: Annotated[Path, typer.Argument(help="Folder made by extract")],
     criterion: Annotated[str, typer.Option(help="See: moecollab criteria")],
@@ -288,6 +326,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     extract,
     fit,
     sweep,
+    mine,
     score,
     plan,
     mask,
