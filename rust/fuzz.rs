@@ -82,6 +82,11 @@ fn sound(found: &Fit, rows: &Rows, n_levels: usize) -> bool {
     let codes = |level: &crate::hierarchy::FittedLevel| {
         level.codes.iter().flatten().all(|code| code.value > 0.0)
             && level.peak.len() == level.atoms.len()
+            && level
+                .peak
+                .iter()
+                .zip(&level.atoms)
+                .all(|(peak, atom)| (*peak > 0.0) != atom.is_empty())
     };
     let atoms = |level: &crate::hierarchy::FittedLevel| {
         let inside = |e: &crate::rows::Entry| e.value > 0.0 && e.value <= 1.0;

@@ -89,6 +89,15 @@ impl Level {
         }
     }
 
+    /// Takes codes of atoms without members away: they explain nothing and cost.
+    pub fn clear_empty(&mut self) {
+        let dictionary = &self.dictionary;
+        for row in &mut self.codes {
+            row.retain(|code| !dictionary.atom(code.index as usize).is_empty());
+        }
+        self.tighten();
+    }
+
     /// Empties atoms that no row uses.
     pub fn clear_dead(&mut self) {
         for atom in 0..self.n_atoms() {

@@ -66,6 +66,7 @@ pub(crate) fn update(level: &mut Level, pool: &Pool, pull: Option<&Pull>) {
         update.site(desk, site)
     });
     level.dictionary = Dictionary::from_sites(sites, n_atoms);
+    level.clear_empty();
 }
 
 impl Update<'_> {

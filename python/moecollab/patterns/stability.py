@@ -180,7 +180,8 @@ def _agreement(matches: pl.DataFrame) -> tuple[float, float]:
 
 def _unit(atoms: NDArray[np.float32]) -> NDArray[np.float64]:
     long = atoms.astype(np.float64)
-    unit: NDArray[np.float64] = long / np.linalg.norm(long, axis=1, keepdims=True)
+    length = np.linalg.norm(long, axis=1, keepdims=True)
+    unit: NDArray[np.float64] = long / np.where(length > 0, length, 1.0)
     return unit
 
 
