@@ -34,6 +34,8 @@ mod single;
 mod stage;
 mod update;
 
+mod square;
+
 #[cfg(feature = "python")]
 mod py;
 

@@ -3,6 +3,7 @@
 mod arrays;
 mod errors;
 mod fitting;
+mod square;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -16,6 +17,9 @@ mod _core {
     use super::caep_ranking;
     #[pymodule_export]
     use super::fitting::fit_dictionary;
+
+    #[pymodule_export]
+    use super::square::encode_square;
 }
 
 /// When each site falls in CAEP's loop, and what it contributed just before.

@@ -1,0 +1,147 @@
+//! The squared-error engine: `encode_square`.
+
+use numpy::PyArray1;
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
+
+use crate::error::{Error, Result};
+use crate::parallel::Pool;
+use crate::py::{arrays, errors};
+use crate::square::{Encoding, Sheet, checked_atoms, encode};
+
+/// Coding settings as Python passes them.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub(crate) struct EncodeSettings {
+    sparsity: f64,
+    reconstruction: f64,
+    tolerance: f64,
+    caps: Option<Vec<f32>>,
+    gap: bool,
+    threads: usize,
+}
+
+/// Codes of sparse rows on fixed atoms, under squared error.
+#[pyfunction]
+pub(crate) fn encode_square<'py>(
+    py: Python<'py>,
+    rows: &Bound<'py, PyTuple>,
+    n_sites: usize,
+    atoms: &Bound<'py, PyAny>,
+    settings: EncodeSettings,
+) -> PyResult<Bound<'py, PyDict>> {
+    let core = |error| errors::to_python(py, &error);
+    let held = Held::new(rows)?;
+    let sheet = held.sheet(n_sites)?;
+    let atoms = arrays::array::<f32>(atoms, "atoms")?;
+    let flat = arrays::view(&atoms, "atoms", 2)?;
+    let codes = py
+        .detach(|| {
+            let atoms = checked_atoms(flat, n_sites)?;
+            let how = settings.checked(atoms.n_rows())?;
+            Ok(encode(&sheet, &atoms, &how, &Pool::new(settings.threads)?))
+        })
+        .map_err(core)?;
+    let out = PyDict::new(py);
+    out.set_item("indptr", PyArray1::from_vec(py, codes.starts))?;
+    out.set_item("atom", PyArray1::from_vec(py, codes.atoms))?;
+    out.set_item("value", PyArray1::from_vec(py, codes.values))?;
+    out.set_item(
+        "gap",
+        settings.gap.then(|| PyArray1::from_vec(py, codes.gaps)),
+    )?;
+    Ok(out)
+}
+
+impl EncodeSettings {
+    fn checked(&self, n_atoms: usize) -> Result<Encoding> {
+        at_least(
+            "sparsity",
+            self.sparsity,
+            self.sparsity >= 0.0,
+            "finite and at least 0",
+        )?;
+        let positive = self.reconstruction > 0.0;
+        at_least(
+            "reconstruction",
+            self.reconstruction,
+            positive,
+            "finite and above 0",
+        )?;
+        at_least(
+            "tolerance",
+            self.tolerance,
+            self.tolerance >= 0.0,
+            "finite and at least 0",
+        )?;
+        if let Some(caps) = &self.caps {
+            check_caps(caps, n_atoms)?;
+        }
+        Ok(Encoding {
+            penalty: (self.sparsity / self.reconstruction) as f32,
+            tolerance: self.tolerance as f32,
+            caps: self.caps.clone(),
+            gap: self.gap,
+        })
+    }
+}
+
+fn check_caps(caps: &[f32], n_atoms: usize) -> Result<()> {
+    if caps.len() != n_atoms {
+        let (got, expected) = (caps.len(), n_atoms);
+        return Err(Error::Length {
+            what: "caps",
+            got,
+            expected,
+        });
+    }
+    match caps.iter().position(|cap| cap.is_nan() || *cap < 0.0) {
+        None => Ok(()),
+        Some(position) => Err(Error::Value {
+            what: "caps",
+            got: caps[position].to_string(),
+            position,
+            allowed: "at least 0",
+        }),
+    }
+}
+
+fn at_least(name: &'static str, got: f64, ok: bool, allowed: &str) -> Result<()> {
+    if ok && got.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        name,
+        got: got.to_string(),
+        allowed: allowed.into(),
+    })
+}
+
+/// The arrays of sparse rows, kept from changing while Rust reads them.
+struct Held<'py> {
+    py: Python<'py>,
+    starts: numpy::PyReadonlyArrayDyn<'py, i64>,
+    sites: numpy::PyReadonlyArrayDyn<'py, u32>,
+    values: numpy::PyReadonlyArrayDyn<'py, f32>,
+}
+
+impl<'py> Held<'py> {
+    fn new(rows: &Bound<'py, PyTuple>) -> PyResult<Self> {
+        type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+        let (starts, sites, values): Arrays = rows.extract()?;
+        Ok(Self {
+            py: rows.py(),
+            starts: arrays::array(&starts, "indptr")?,
+            sites: arrays::array(&sites, "sites")?,
+            values: arrays::array(&values, "values")?,
+        })
+    }
+
+    fn sheet(&self, n_sites: usize) -> PyResult<Sheet<'_>> {
+        let starts = arrays::view(&self.starts, "indptr", 1)?;
+        let sites = arrays::view(&self.sites, "sites", 1)?;
+        let values = arrays::view(&self.values, "values", 1)?;
+        Sheet::new(starts, sites, values, n_sites)
+            .map_err(|error| errors::to_python(self.py, &error))
+    }
+}

@@ -1,0 +1,227 @@
+//! Codes of one row on a fixed dictionary, from its correlations and the Gram matrix.
+//!
+//! Minimises `penalty sum r + 1/2 |x - sum r_i d_i|^2` over `0 <= r <= cap`. With the slopes
+//! `s = D x - penalty - G r` kept up to date, each step moves the coordinate that can move furthest
+//! (Gauss-Southwell) and finds the next one in the same pass over the slopes. Where that is slow,
+//! because many codes overlap, cyclic sweeps over the codes in use take over (Wu and Lange 2008).
+
+use pulp::{Arch, Simd, WithSimd};
+
+use crate::square::matrix::{Aligned, Matrix, padded};
+use crate::square::product::add_scaled;
+
+/// Greedy steps before sweeps, beside [`STEPS_EACH`] for every code in use.
+const STEPS: usize = 48;
+const STEPS_EACH: usize = 4;
+/// Sweeps over the codes in use before new ones are looked for.
+const SWEEPS: usize = 60;
+/// Rounds of greedy steps and sweeps.
+const ROUNDS: usize = 60;
+/// Slopes carry rounding errors of about this fraction of the largest correlation.
+const ROUNDING: f32 = 1e-6;
+/// The penalty counts as at least this fraction of the largest correlation in the stop tolerance.
+const FAINT: f32 = 1e-2;
+
+/// What all rows are coded with.
+#[derive(Debug, Clone)]
+pub(crate) struct Coder {
+    /// Products of atoms, (`n_atoms`, `n_atoms`).
+    pub gram: Matrix,
+    /// One over the squared norm of each atom; 0 for empty atoms, which are never used.
+    inverse: Aligned,
+    /// Largest allowed code of each atom.
+    caps: Aligned,
+    /// The number of each place, in the low bits of a float.
+    marks: Aligned,
+    /// Low bits of a float that hold a place.
+    low: u32,
+    /// lambda 1 over lambda 2.
+    pub penalty: f32,
+    /// A row is done when no code would move by more than this times the penalty.
+    pub tolerance: f32,
+}
+
+/// Scratch memory of one worker: slopes and codes of a row.
+#[derive(Debug, Clone)]
+pub(crate) struct Desk {
+    pub slopes: Aligned,
+    pub codes: Aligned,
+    active: Vec<u32>,
+}
+
+impl Desk {
+    /// Scratch memory for this many atoms.
+    pub fn new(n_atoms: usize) -> Self {
+        Self {
+            slopes: Aligned::filled(padded(n_atoms), 0.0),
+            codes: Aligned::filled(padded(n_atoms), 0.0),
+            active: Vec::new(),
+        }
+    }
+}
+
+impl Coder {
+    /// A coder without caps for the Gram matrix of some atoms.
+    pub fn new(gram: Matrix, penalty: f32, tolerance: f32) -> Self {
+        let n = gram.stride();
+        let low = n.next_power_of_two().max(2) as u32 - 1;
+        let mut coder = Self {
+            inverse: Aligned::filled(n, 0.0),
+            caps: Aligned::filled(n, f32::INFINITY),
+            marks: Aligned::filled(n, 0.0),
+            low,
+            penalty,
+            tolerance,
+            gram,
+        };
+        for (at, mark) in coder.marks.iter_mut().enumerate() {
+            *mark = f32::from_bits(at as u32);
+        }
+        coder.refresh();
+        coder
+    }
+
+    /// Number of atoms.
+    pub fn n_atoms(&self) -> usize {
+        self.gram.n_rows()
+    }
+
+    /// Takes over a changed diagonal of the Gram matrix.
+    pub fn refresh(&mut self) {
+        for atom in 0..self.gram.n_rows() {
+            let square = self.gram.row(atom)[atom];
+            self.inverse[atom] = if square > 1e-12 { 1.0 / square } else { 0.0 };
+        }
+    }
+
+    /// Sets the largest allowed codes.
+    pub fn set_caps(&mut self, caps: &[f32]) {
+        self.caps[..caps.len()].copy_from_slice(caps);
+    }
+
+    /// Codes a row from nothing; `desk.slopes` holds its correlations and then its slopes.
+    pub fn code(&self, desk: &mut Desk) {
+        desk.codes.fill(0.0);
+        self.improve(desk);
+    }
+
+    /// Codes a row starting from `desk.codes`, which must obey the caps.
+    pub fn improve(&self, desk: &mut Desk) {
+        let largest = desk.slopes.iter().copied().fold(0.0, f32::max);
+        let limit = self.tolerance * self.penalty.max(FAINT * largest);
+        let limit = limit.max(ROUNDING * largest);
+        for atom in 0..self.n_atoms() {
+            if desk.codes[atom] != 0.0 {
+                add_scaled(&mut desk.slopes, -desk.codes[atom], self.gram.row(atom));
+            }
+        }
+        desk.slopes
+            .iter_mut()
+            .for_each(|slope| *slope -= self.penalty);
+        for _ in 0..ROUNDS {
+            if Arch::new().dispatch(Greedy {
+                coder: self,
+                desk,
+                limit,
+            }) {
+                return;
+            }
+            self.sweep(desk, limit);
+        }
+    }
+
+    /// Cyclic steps over the codes in use until they settle.
+    fn sweep(&self, desk: &mut Desk, limit: f32) {
+        desk.active.clear();
+        let used = (0..self.n_atoms()).filter(|&atom| desk.codes[atom] > 0.0);
+        desk.active.extend(used.map(|atom| atom as u32));
+        for _ in 0..SWEEPS {
+            let mut furthest = 0.0_f32;
+            for at in 0..desk.active.len() {
+                let atom = desk.active[at] as usize;
+                let step = self.step(&mut desk.codes, &desk.slopes, atom);
+                if step != 0.0 {
+                    add_scaled(&mut desk.slopes, -step, self.gram.row(atom));
+                }
+                furthest = furthest.max(step.abs());
+            }
+            if furthest <= limit {
+                return;
+            }
+        }
+    }
+
+    /// The exact step of one code, taken; returns its length.
+    #[inline(always)]
+    fn step(&self, codes: &mut [f32], slopes: &[f32], atom: usize) -> f32 {
+        let old = codes[atom];
+        let free = old + slopes[atom] * self.inverse[atom];
+        let new = free.max(0.0).min(self.caps[atom]);
+        codes[atom] = new;
+        new - old
+    }
+}
+
+/// Greedy steps; true when no code would move further than `limit`.
+struct Greedy<'a> {
+    coder: &'a Coder,
+    desk: &'a mut Desk,
+    limit: f32,
+}
+
+impl WithSimd for Greedy<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> bool {
+        let Self { coder, desk, limit } = self;
+        let (mut atom, mut step) = (0, 0.0);
+        let (mut steps, mut budget) = (0, STEPS);
+        while steps < budget {
+            let best = advance(simd, coder, desk, (atom, step)).to_bits();
+            if f32::from_bits(best & !coder.low) <= limit {
+                return true;
+            }
+            atom = (best & coder.low) as usize;
+            if desk.codes[atom] <= 0.0 {
+                budget += STEPS_EACH;
+            }
+            step = coder.step(&mut desk.codes, &desk.slopes, atom);
+            if step == 0.0 {
+                return true;
+            }
+            steps += 1;
+        }
+        advance(simd, coder, desk, (atom, step));
+        false
+    }
+}
+
+/// Applies a step to all slopes and finds the longest next one: its length, with the atom's number
+/// in the low bits (so lengths are compared to 2^-14 for 512 atoms).
+#[inline(always)]
+fn advance<S: Simd>(simd: S, coder: &Coder, desk: &mut Desk, (atom, step): (usize, f32)) -> f32 {
+    let slopes = S::as_mut_simd_f32s(&mut desk.slopes).0;
+    let n = slopes.len();
+    let gram = &S::as_simd_f32s(coder.gram.row(atom)).0[..n];
+    let codes = &S::as_simd_f32s(&desk.codes).0[..n];
+    let inverse = &S::as_simd_f32s(&coder.inverse).0[..n];
+    let caps = &S::as_simd_f32s(&coder.caps).0[..n];
+    let marks = &S::as_simd_f32s(&coder.marks).0[..n];
+    let high = simd.splat_f32s(f32::from_bits(!coder.low & 0x7FFF_FFFF));
+    let back = simd.splat_f32s(-step);
+    let mut best = simd.splat_f32s(0.0);
+    for at in 0..n {
+        let slope = simd.mul_add_f32s(back, gram[at], slopes[at]);
+        slopes[at] = slope;
+        let free = simd.mul_f32s(slope, inverse[at]);
+        let down = simd.max_f32s(free, simd.neg_f32s(codes[at]));
+        let length = simd.min_f32s(down, simd.sub_f32s(caps[at], codes[at]));
+        let marked = simd.or_f32s(simd.and_f32s(length, high), marks[at]);
+        best = simd.max_f32s(best, marked);
+    }
+    simd.reduce_max_f32s(best)
+}
+
+#[cfg(test)]
+mod tests;

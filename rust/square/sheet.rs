@@ -1,0 +1,217 @@
+//! Borrowed sparse rows, checked when they enter.
+
+use crate::error::{Error, Result};
+
+/// Compressed sparse rows over sites: values finite and not negative, sites ascending.
+///
+/// Borrowed, so that a caller may keep more rows than memory holds and pass them piece by piece.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sheet<'a> {
+    starts: &'a [i64],
+    sites: &'a [u32],
+    values: &'a [f32],
+    n_sites: usize,
+}
+
+impl<'a> Sheet<'a> {
+    /// Rows from compressed arrays.
+    ///
+    /// # Errors
+    /// Empty input, lengths that do not fit, sites out of range or not ascending, values that are
+    /// negative or not finite.
+    pub fn new(
+        starts: &'a [i64],
+        sites: &'a [u32],
+        values: &'a [f32],
+        n_sites: usize,
+    ) -> Result<Self> {
+        check_starts(starts, sites.len())?;
+        if values.len() != sites.len() {
+            let (got, expected) = (values.len(), sites.len());
+            return Err(Error::Length {
+                what: "values",
+                got,
+                expected,
+            });
+        }
+        if n_sites == 0 {
+            return Err(Error::Empty { what: "sites" });
+        }
+        check_values(values)?;
+        let sheet = Self {
+            starts,
+            sites,
+            values,
+            n_sites,
+        };
+        sheet.check_sites()?;
+        Ok(sheet)
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// Number of sites.
+    pub fn n_sites(&self) -> usize {
+        self.n_sites
+    }
+
+    /// Whether all rows are zero.
+    pub fn is_zero(&self) -> bool {
+        self.values.iter().all(|&value| value <= 0.0)
+    }
+
+    /// Fraction of the entries that are stored.
+    pub fn density(&self) -> f64 {
+        self.values.len() as f64 / (self.len() as f64 * self.n_sites as f64)
+    }
+
+    /// Sites and values of one row.
+    #[inline]
+    pub fn row(&self, row: usize) -> (&'a [u32], &'a [f32]) {
+        let range = self.starts[row] as usize..self.starts[row + 1] as usize;
+        (&self.sites[range.clone()], &self.values[range])
+    }
+
+    /// Writes one row into dense zeros.
+    #[inline]
+    pub fn spread(&self, row: usize, dense: &mut [f32]) {
+        dense.fill(0.0);
+        let (sites, values) = self.row(row);
+        for (&site, &value) in sites.iter().zip(values) {
+            dense[site as usize] = value;
+        }
+    }
+
+    /// Sum of the squares of one row.
+    pub fn square(&self, row: usize) -> f64 {
+        let values = self.row(row).1;
+        values
+            .iter()
+            .map(|&value| f64::from(value) * f64::from(value))
+            .sum()
+    }
+
+    fn check_sites(&self) -> Result<()> {
+        for row in 0..self.len() {
+            let sites = self.row(row).0;
+            let ascending = sites.iter().zip(&sites[1.min(sites.len())..]);
+            // Without an early way out this is a few vector instructions.
+            let bad = ascending.fold(false, |bad, (a, b)| bad | (a >= b));
+            let outside = sites
+                .last()
+                .is_some_and(|&site| site as usize >= self.n_sites);
+            if bad || outside {
+                return Err(self.bad_site(row));
+            }
+        }
+        Ok(())
+    }
+
+    fn bad_site(&self, row: usize) -> Error {
+        let sites = self.row(row).0;
+        let wrong = |at: &usize| {
+            sites[*at] as usize >= self.n_sites || (*at > 0 && sites[at - 1] >= sites[*at])
+        };
+        let at = (0..sites.len()).find(wrong).unwrap_or(0);
+        Error::Value {
+            what: "sites",
+            got: sites[at].to_string(),
+            position: self.starts[row] as usize + at,
+            allowed: "below n_sites and strictly ascending within a row",
+        }
+    }
+}
+
+fn check_starts(starts: &[i64], n_entries: usize) -> Result<()> {
+    if starts.len() < 2 {
+        return Err(Error::Empty { what: "rows" });
+    }
+    if let Some(at) =
+        (0..starts.len()).find(|&at| starts[at] < if at > 0 { starts[at - 1] } else { 0 })
+    {
+        return Err(Error::Value {
+            what: "indptr",
+            got: starts[at].to_string(),
+            position: at,
+            allowed: "ascending from 0",
+        });
+    }
+    let last = starts[starts.len() - 1] as usize;
+    if starts[0] != 0 || last != n_entries {
+        return Err(Error::Length {
+            what: "sites",
+            got: n_entries,
+            expected: last,
+        });
+    }
+    if starts.len() > u32::MAX as usize {
+        let (got, expected) = (starts.len(), u32::MAX as usize);
+        return Err(Error::Length {
+            what: "indptr",
+            got,
+            expected,
+        });
+    }
+    Ok(())
+}
+
+fn check_values(values: &[f32]) -> Result<()> {
+    let good = |value: f32| (0.0..f32::INFINITY).contains(&value);
+    let all = values
+        .chunks(4096)
+        .all(|part| part.iter().fold(true, |all, &v| all & good(v)));
+    match values.iter().position(|&value| !all && !good(value)) {
+        None => Ok(()),
+        Some(position) => Err(Error::Value {
+            what: "values",
+            got: values[position].to_string(),
+            position,
+            allowed: "finite and not negative",
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_bad_input() {
+        let new = |starts: &[i64], sites: &[u32], values: &[f32], n: usize| {
+            Sheet::new(starts, sites, values, n).map(|sheet| sheet.len())
+        };
+        assert_eq!(new(&[0, 2, 2], &[0, 2], &[1.0, 0.0], 3), Ok(2));
+        assert!(matches!(new(&[0], &[], &[], 3), Err(Error::Empty { .. })));
+        assert!(matches!(
+            new(&[0, 0], &[], &[], 0),
+            Err(Error::Empty { .. })
+        ));
+        assert!(matches!(
+            new(&[0, 2], &[1], &[1.0], 3),
+            Err(Error::Length { .. })
+        ));
+        assert!(matches!(
+            new(&[0, 1], &[1], &[], 3),
+            Err(Error::Length { .. })
+        ));
+        assert!(matches!(
+            new(&[0, 2, 1], &[1], &[1.0], 3),
+            Err(Error::Value { .. })
+        ));
+        for bad in [f32::NAN, f32::INFINITY, -1.0] {
+            assert!(matches!(
+                new(&[0, 1], &[1], &[bad], 3),
+                Err(Error::Value { .. })
+            ));
+        }
+        for sites in [[1, 1], [2, 1], [1, 3]] {
+            assert!(matches!(
+                new(&[0, 2], &sites, &[1.0, 1.0], 3),
+                Err(Error::Value { .. })
+            ));
+        }
+    }
+}

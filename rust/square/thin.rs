@@ -1,0 +1,84 @@
+//! Correlations with sparse atoms: 48 dense rows at a time, site by site.
+
+use pulp::{Arch, Simd, WithSimd};
+
+use crate::square::matrix::{Aligned, Matrix};
+
+/// Rows worked on together.
+pub(crate) const BLOCK: usize = 48;
+/// Vectors of rows summed at once.
+const WIDE: usize = 3;
+
+/// Atoms as lists of sites and values.
+#[derive(Debug, Clone)]
+pub(crate) struct Thin {
+    starts: Vec<usize>,
+    sites: Vec<u32>,
+    values: Vec<f32>,
+}
+
+impl Thin {
+    /// The non-zeros of atoms (`n_atoms`, `n_sites`).
+    pub fn new(atoms: &Matrix) -> Self {
+        let (mut starts, mut sites, mut values) = (vec![0], Vec::new(), Vec::new());
+        for atom in 0..atoms.n_rows() {
+            for (site, &value) in atoms.row(atom).iter().enumerate() {
+                if value != 0.0 {
+                    sites.push(site as u32);
+                    values.push(value);
+                }
+            }
+            starts.push(sites.len());
+        }
+        Self {
+            starts,
+            sites,
+            values,
+        }
+    }
+
+    /// Correlations of 48 rows, given site by site, with all atoms: (`n_atoms`, 48), atom by atom.
+    pub fn correlate(&self, block: &Aligned, out: &mut Aligned) {
+        for (atom, bounds) in self.starts.windows(2).enumerate() {
+            let range = bounds[0]..bounds[1];
+            Arch::new().dispatch(OneAtom {
+                sites: &self.sites[range.clone()],
+                values: &self.values[range],
+                block,
+                out: &mut out[atom * BLOCK..(atom + 1) * BLOCK],
+            });
+        }
+    }
+}
+
+struct OneAtom<'a> {
+    sites: &'a [u32],
+    values: &'a [f32],
+    block: &'a [f32],
+    out: &'a mut [f32],
+}
+
+impl WithSimd for OneAtom<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let step = WIDE * S::F32_LANES;
+        for column in (0..BLOCK).step_by(step) {
+            let mut sums = [[simd.splat_f32s(0.0); WIDE]; 2];
+            for (at, (&site, &value)) in self.sites.iter().zip(self.values).enumerate() {
+                let from = site as usize * BLOCK + column;
+                let rows = &S::as_simd_f32s(&self.block[from..from + step]).0[..WIDE];
+                let value = simd.splat_f32s(value);
+                let sums = &mut sums[at % 2];
+                for v in 0..WIDE {
+                    sums[v] = simd.mul_add_f32s(value, rows[v], sums[v]);
+                }
+            }
+            let out = S::as_mut_simd_f32s(&mut self.out[column..column + step]).0;
+            for v in 0..WIDE {
+                out[v] = simd.add_f32s(sums[0][v], sums[1][v]);
+            }
+        }
+    }
+}
