@@ -20,6 +20,8 @@ mod _core {
 
     #[pymodule_export]
     use super::square::encode_square;
+    #[pymodule_export]
+    use super::square::try_square;
 }
 
 /// When each site falls in CAEP's loop, and what it contributed just before.

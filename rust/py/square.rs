@@ -145,3 +145,43 @@ impl<'py> Held<'py> {
             .map_err(|error| errors::to_python(self.py, &error))
     }
 }
+
+/// Temporary door for experiments.
+#[pyfunction]
+#[pyo3(signature = (rows, n_sites, atoms, batches, batch, window, exponent, share, penalty, tolerance, seed))]
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn try_square<'py>(
+    py: Python<'py>,
+    rows: &Bound<'py, PyTuple>,
+    n_sites: usize,
+    atoms: &Bound<'py, PyAny>,
+    batches: Vec<usize>,
+    batch: usize,
+    window: usize,
+    exponent: f64,
+    share: f64,
+    penalty: f32,
+    tolerance: f32,
+    seed: u64,
+) -> PyResult<Vec<(f64, Bound<'py, PyArray1<f32>>)>> {
+    use crate::square::{Learner, Schedule};
+    let held = Held::new(rows)?;
+    let sheet = held.sheet(n_sites)?;
+    let atoms = arrays::array::<f32>(atoms, "atoms")?;
+    let flat = arrays::view(&atoms, "atoms", 2)?;
+    let mut out = Vec::new();
+    let pool = Pool::new(1).unwrap();
+    let t = std::time::Instant::now();
+    let mut learner = Learner::new(
+        checked_atoms(flat, n_sites).unwrap(),
+        Schedule { batch, window, exponent, share, penalty, tolerance, seed },
+    );
+    let mut spent = t.elapsed().as_secs_f64();
+    for n in batches {
+        let t = std::time::Instant::now();
+        learner.learn(&sheet, n, &pool);
+        spent += t.elapsed().as_secs_f64();
+        out.push((spent, PyArray1::from_vec(py, learner.atoms.flat())));
+    }
+    Ok(out)
+}

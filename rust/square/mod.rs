@@ -13,11 +13,17 @@ mod coder;
 mod correlate;
 mod encode;
 mod gap;
+mod learner;
 mod matrix;
+mod order;
 mod panels;
 mod product;
 mod sheet;
+mod slot;
+mod statistics;
 mod thin;
+mod update;
 
 pub(crate) use encode::{Encoding, checked_atoms, encode};
+pub(crate) use learner::{Learner, Schedule};
 pub(crate) use sheet::Sheet;

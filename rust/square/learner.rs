@@ -1,0 +1,141 @@
+//! Online dictionary learning: batches of rows, coded and added to sums that the atoms follow.
+
+use crate::parallel::Pool;
+use crate::square::coder::Coder;
+use crate::square::correlate::gram;
+use crate::square::matrix::{LINE, Matrix};
+use crate::square::order::Order;
+use crate::square::panels::Panels;
+use crate::square::sheet::Sheet;
+use crate::square::slot::{Slot, Tools};
+use crate::square::statistics::Statistics;
+use crate::square::update::{Steps, by_promise, refresh_gram};
+
+/// How batches are drawn and the past forgotten.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Schedule {
+    /// Rows of a batch.
+    pub batch: usize,
+    /// Rows after which the past is forgotten at a constant rate.
+    pub window: usize,
+    /// After i rows, those of the first j weigh (j/i) to this power.
+    pub exponent: f64,
+    /// Fraction of the atoms, in lines of 16, that a batch moves.
+    pub share: f64,
+    /// lambda 1 over lambda 2.
+    pub penalty: f32,
+    /// Tolerance of the coder.
+    pub tolerance: f32,
+    /// Seed of the order of rows and of replacements.
+    pub seed: u64,
+}
+
+/// A dictionary being learned; everything needed to go on later is in the public fields.
+#[derive(Debug)]
+pub(crate) struct Learner {
+    pub schedule: Schedule,
+    pub atoms: Matrix,
+    pub sums: Statistics,
+    pub order: Order,
+    /// Rows seen.
+    pub seen: u64,
+    /// For each atom the rows seen when it was last used.
+    pub used: Vec<u64>,
+    panels: Panels,
+    coder: Coder,
+    slots: Vec<Slot>,
+    steps: Steps,
+}
+
+/// What some batches cost, each with the dictionary of its moment.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Running {
+    pub rows: usize,
+    /// Sum of codes over the rows.
+    pub codes: f64,
+    /// Half the squared error over the rows.
+    pub error: f64,
+}
+
+impl Learner {
+    /// Starts from atoms (`n_atoms`, `n_sites`), which should have norm 1.
+    pub fn new(atoms: Matrix, schedule: Schedule) -> Self {
+        let (n_atoms, n_sites) = (atoms.n_rows(), atoms.width());
+        let panels = Panels::new(&atoms);
+        let gram = gram(&atoms, &panels);
+        let n_slots = schedule.batch.div_ceil(Slot::ROWS);
+        Self {
+            sums: Statistics::new(n_atoms, n_sites),
+            order: Order::default(),
+            seen: 0,
+            used: vec![0; n_atoms],
+            coder: Coder::new(gram, schedule.penalty, schedule.tolerance),
+            slots: (0..n_slots).map(|_| Slot::new(n_atoms, n_sites)).collect(),
+            steps: Steps::new(n_atoms, n_sites),
+            panels,
+            atoms,
+            schedule,
+        }
+    }
+
+    /// Learns from the next batches of some rows.
+    pub fn learn(&mut self, sheet: &Sheet, batches: usize, pool: &Pool) -> Running {
+        let mut running = Running::default();
+        for _ in 0..batches {
+            self.batch(sheet, pool, &mut running);
+        }
+        running
+    }
+
+    fn batch(&mut self, sheet: &Sheet, pool: &Pool, running: &mut Running) {
+        let n_rows = self.code(sheet, pool);
+        self.forget(n_rows);
+        self.sums.add(&self.slots, pool);
+        self.seen += n_rows as u64;
+        for slot in &self.slots {
+            running.codes += slot.cost[0];
+            running.error += slot.cost[1];
+        }
+        running.rows += n_rows;
+        self.update(pool);
+    }
+
+    /// Codes the next batch; returns its number of rows.
+    fn code(&mut self, sheet: &Sheet, pool: &Pool) -> usize {
+        let rows = self.order.draw(sheet.len(), self.schedule.batch, self.schedule.seed);
+        let tools = Tools {
+            atoms: &self.atoms,
+            panels: &self.panels,
+            coder: &self.coder,
+        };
+        pool.parts(&mut self.slots, 1, |at, slot| {
+            let from = (at * Slot::ROWS).min(rows.len());
+            let to = (from + Slot::ROWS).min(rows.len());
+            slot[0].fill(sheet, &rows[from..to], tools);
+        });
+        rows.len()
+    }
+
+    /// Lets the past weigh less: `(1 - batch/seen)^exponent` of what it did.
+    fn forget(&mut self, n_rows: usize) {
+        let seen = ((self.seen + n_rows as u64) as f64).min(self.schedule.window as f64);
+        let keep = (1.0 - n_rows as f64 / seen.max(n_rows as f64)).powf(self.schedule.exponent);
+        self.sums.forget(keep);
+    }
+
+    /// Moves the most promising atoms and all that follows from them.
+    fn update(&mut self, pool: &Pool) {
+        let n_lines = self.atoms.n_rows().div_ceil(LINE);
+        let moved = ((n_lines as f64 * self.schedule.share).ceil() as usize).clamp(1, n_lines);
+        let mut lines = by_promise(&self.sums);
+        lines.truncate(moved);
+        for &line in &lines {
+            self.steps.line(line, &mut self.atoms, &mut self.sums, pool);
+            self.panels.refresh(&self.atoms, line);
+        }
+        for &line in &lines {
+            refresh_gram(line, &self.atoms, &self.panels, &mut self.coder.gram);
+        }
+        self.coder.refresh();
+    }
+}
