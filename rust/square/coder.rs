@@ -105,6 +105,12 @@ impl Coder {
         self.improve(desk);
     }
 
+    /// Codes a row from nothing and without one atom.
+    pub fn code_without(&self, desk: &mut Desk, atom: usize) {
+        desk.slopes[atom] = f32::NEG_INFINITY;
+        self.code(desk);
+    }
+
     /// Codes a row starting from `desk.codes`, which must obey the caps.
     pub fn improve(&self, desk: &mut Desk) {
         let largest = desk.slopes.iter().copied().fold(0.0, f32::max);

@@ -67,10 +67,7 @@ impl Correlator {
                     sheet.spread(row, dense);
                 }
                 block.products.fill(0.0);
-                let side = Side {
-                    data: &block.rows,
-                    stride,
-                };
+                let side = Side::new(&block.rows, stride);
                 panels.correlate_into(side, rows.len(), (&mut block.products, block.stride));
             }
             Self::SparseRows(panels) => {
@@ -108,10 +105,7 @@ impl Block {
 /// Products of all atoms with each other.
 pub(crate) fn gram(atoms: &Matrix, panels: &Panels) -> Matrix {
     let mut gram = Matrix::zeros(atoms.n_rows(), atoms.n_rows());
-    let side = Side {
-        data: atoms.all(),
-        stride: atoms.stride(),
-    };
+    let side = Side::new(atoms.all(), atoms.stride());
     panels.correlate(side, atoms.n_rows(), &mut gram);
     gram
 }

@@ -6,10 +6,16 @@ use crate::square::correlate::gram;
 use crate::square::matrix::{LINE, Matrix};
 use crate::square::order::Order;
 use crate::square::panels::Panels;
+use crate::square::replace::{exchanges, newcomers, worths};
 use crate::square::sheet::Sheet;
 use crate::square::slot::{Slot, Tools};
 use crate::square::statistics::Statistics;
-use crate::square::update::{Steps, by_promise, refresh_gram};
+use crate::square::update::{BLOCK, Steps, most_promising, refresh_gram};
+
+/// Rows between exchanges, for every atom.
+const SPACING: usize = 8;
+/// One in this many atoms may be exchanged at once.
+const AT_ONCE: usize = 32;
 
 /// How batches are drawn and the past forgotten.
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +26,7 @@ pub(crate) struct Schedule {
     pub window: usize,
     /// After i rows, those of the first j weigh (j/i) to this power.
     pub exponent: f64,
-    /// Fraction of the atoms, in lines of 16, that a batch moves.
+    /// Fraction of the atoms that a batch moves: those that promise most.
     pub share: f64,
     /// lambda 1 over lambda 2.
     pub penalty: f32,
@@ -39,8 +45,10 @@ pub(crate) struct Learner {
     pub order: Order,
     /// Rows seen.
     pub seen: u64,
-    /// For each atom the rows seen when it was last used.
-    pub used: Vec<u64>,
+    /// For each atom the rows seen when it was put in its place.
+    pub born: Vec<u64>,
+    /// Rows seen when atoms were last exchanged.
+    pub exchanged: u64,
     panels: Panels,
     coder: Coder,
     slots: Vec<Slot>,
@@ -68,7 +76,8 @@ impl Learner {
             sums: Statistics::new(n_atoms, n_sites),
             order: Order::default(),
             seen: 0,
-            used: vec![0; n_atoms],
+            born: vec![0; n_atoms],
+            exchanged: 0,
             coder: Coder::new(gram, schedule.penalty, schedule.tolerance),
             slots: (0..n_slots).map(|_| Slot::new(n_atoms, n_sites)).collect(),
             steps: Steps::new(n_atoms, n_sites),
@@ -98,6 +107,30 @@ impl Learner {
         }
         running.rows += n_rows;
         self.update(pool);
+        if self.seen - self.exchanged >= (SPACING * self.atoms.n_rows()) as u64 {
+            self.exchanged = self.seen;
+            self.exchange(pool);
+        }
+    }
+
+    /// Gives the places of atoms that others can stand in for to what is still unexplained.
+    fn exchange(&mut self, pool: &Pool) {
+        let n_atoms = self.atoms.n_rows();
+        let count = n_atoms.div_ceil(AT_ONCE);
+        let news = newcomers(&self.slots, count, self.schedule.penalty);
+        let promises: Vec<f64> = news.iter().map(|new| new.0).collect();
+        let worths = worths(&self.coder, &self.sums, pool);
+        let (seen, born) = (self.seen, &self.born);
+        let grown = |atom: usize| seen - born[atom] >= (SPACING * n_atoms) as u64;
+        let which = exchanges(&worths, grown, &promises);
+        for (&atom, new) in which.iter().zip(&news) {
+            self.sums.drop_atom(atom, self.atoms.row(atom));
+            self.atoms.row_mut(atom)[..new.1.len()].copy_from_slice(&new.1);
+            self.born[atom] = seen;
+        }
+        let mut which: Vec<u32> = which.iter().map(|&atom| atom as u32).collect();
+        which.sort_unstable();
+        self.follow(&which, pool);
     }
 
     /// Codes the next batch; returns its number of rows.
@@ -125,17 +158,24 @@ impl Learner {
 
     /// Moves the most promising atoms and all that follows from them.
     fn update(&mut self, pool: &Pool) {
-        let n_lines = self.atoms.n_rows().div_ceil(LINE);
-        let moved = ((n_lines as f64 * self.schedule.share).ceil() as usize).clamp(1, n_lines);
-        let mut lines = by_promise(&self.sums);
-        lines.truncate(moved);
-        for &line in &lines {
-            self.steps.line(line, &mut self.atoms, &mut self.sums, pool);
-            self.panels.refresh(&self.atoms, line);
+        let n_atoms = self.atoms.n_rows();
+        let moved = ((n_atoms as f64 * self.schedule.share).ceil() as usize).clamp(1, n_atoms);
+        let which = most_promising(&self.sums, moved);
+        for block in which.chunks(BLOCK) {
+            self.steps.block(block, &mut self.atoms, &mut self.sums, pool);
         }
-        for &line in &lines {
-            refresh_gram(line, &self.atoms, &self.panels, &mut self.coder.gram);
+        self.follow(&which, pool);
+    }
+
+    /// Brings panels and Gram matrix up to date with some atoms.
+    fn follow(&mut self, which: &[u32], pool: &Pool) {
+        for line in 0..self.atoms.n_rows().div_ceil(LINE) {
+            let inside = |atom: &u32| *atom as usize / LINE == line;
+            if which.iter().any(inside) {
+                self.panels.refresh(&self.atoms, line);
+            }
         }
+        refresh_gram(which, &self.atoms, &self.panels, &mut self.coder.gram, pool);
         self.coder.refresh();
     }
 }

@@ -18,6 +18,7 @@ mod matrix;
 mod order;
 mod panels;
 mod product;
+mod replace;
 mod sheet;
 mod slot;
 mod statistics;

@@ -65,10 +65,7 @@ impl Panels {
         for (at, panel) in self.panels.iter().enumerate() {
             Product {
                 a: rows,
-                b: Side {
-                    data: panel.all(),
-                    stride: panel.stride(),
-                },
+                b: Side::new(panel.all(), panel.stride()),
                 c: &mut out[at * PANEL..],
                 c_stride,
                 n_rows,
@@ -206,7 +203,7 @@ mod tests {
                 row.row_mut(0)[site as usize] = value;
             }
             let (mut dense, mut sparse) = (Matrix::zeros(1, n_atoms), Matrix::zeros(1, n_atoms));
-            panels.correlate(Side { data: row.all(), stride: row.stride() }, 1, &mut dense);
+            panels.correlate(Side::new(row.all(), row.stride()), 1, &mut dense);
             panels.correlate_sparse((&sites, &values), sparse.row_mut(0));
             for atom in 0..n_atoms {
                 let slow: f32 = atoms.row(atom).iter().zip(row.row(0)).map(|(a, x)| a * x).sum();

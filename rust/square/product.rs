@@ -16,6 +16,20 @@ const ROWS: usize = 6;
 pub(crate) struct Side<'a> {
     pub data: &'a [f32],
     pub stride: usize,
+    /// Only these rows, in this order.
+    pub picked: Option<&'a [u32]>,
+}
+
+impl<'a> Side<'a> {
+    /// Consecutive rows.
+    pub fn new(data: &'a [f32], stride: usize) -> Self {
+        Self { data, stride, picked: None }
+    }
+
+    #[inline(always)]
+    fn start(&self, row: usize) -> usize {
+        self.picked.map_or(row, |picked| picked[row] as usize) * self.stride
+    }
 }
 
 /// C (`n_rows` x width) += A (`n_rows` x depth) B (depth x width); width in whole cache lines.
@@ -77,7 +91,7 @@ fn strip<S: Simd, const V: usize>(
     for first in (0..n_rows).step_by(ROWS) {
         // A tile that hangs over repeats the last row; what it makes is dropped.
         let rows: [&[f32]; ROWS] = std::array::from_fn(|i| {
-            let at = (first + i).min(n_rows - 1) * a.stride;
+            let at = a.start((first + i).min(n_rows - 1));
             &a.data[at + depth.start..at + depth.end]
         });
         let b = &product.b.data[depth.start * product.b.stride + column..];
@@ -190,8 +204,8 @@ mod tests {
             let mut c = Matrix::zeros(n_rows, width);
             c.all_mut().fill(1.0);
             Product {
-                a: Side { data: a.all(), stride: a.stride() },
-                b: Side { data: b.all(), stride: b.stride() },
+                a: Side::new(a.all(), a.stride()),
+                b: Side::new(b.all(), b.stride()),
                 c_stride: c.stride(),
                 c: c.all_mut(),
                 n_rows, depth, width,

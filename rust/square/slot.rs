@@ -93,7 +93,7 @@ impl Slot {
             }
         } else {
             self.products.all_mut().fill(0.0);
-            let side = Side { data: self.rows.all(), stride: self.rows.stride() };
+            let side = Side::new(self.rows.all(), self.rows.stride());
             panels.correlate(side, rows.len(), &mut self.products);
         }
     }

@@ -22,6 +22,10 @@ pub(crate) struct Statistics {
     pub second: Matrix,
     /// U = B - A D, (`n_atoms`, `n_sites`).
     pub pull: Matrix,
+    /// Sum of codes of each atom.
+    pub first: Vec<f32>,
+    /// Sum of the weights of rows.
+    pub mass: f32,
     /// Weight of a row of the latest batch.
     pub weight: f32,
     by_atom: Vec<Vec<(u32, f32)>>,
@@ -33,6 +37,8 @@ impl Statistics {
         Self {
             second: Matrix::zeros(n_atoms, n_atoms),
             pull: Matrix::zeros(n_atoms, n_sites),
+            first: vec![0.0; n_atoms],
+            mass: 0.0,
             weight: 1.0,
             by_atom: vec![Vec::new(); n_atoms],
         }
@@ -53,6 +59,8 @@ impl Statistics {
 
     fn scale(&mut self, factor: f32) {
         self.weight = if factor > 0.0 { self.weight * factor } else { 1.0 };
+        self.mass *= factor;
+        self.first.iter_mut().for_each(|value| *value *= factor);
         self.second.all_mut().iter_mut().for_each(|value| *value *= factor);
         self.pull.all_mut().iter_mut().for_each(|value| *value *= factor);
     }
@@ -61,11 +69,13 @@ impl Statistics {
     pub fn add(&mut self, slots: &[Slot], pool: &Pool) {
         self.by_atom.iter_mut().for_each(Vec::clear);
         for (at, slot) in slots.iter().enumerate() {
+            self.mass += slot.n_rows() as f32 * self.weight;
             for row in 0..slot.n_rows() {
                 let id = (at * Slot::ROWS + row) as u32;
                 for code in slot.codes(row) {
                     let value = code.value * self.weight;
                     self.by_atom[code.index as usize].push((id, value));
+                    self.first[code.index as usize] += value;
                     let second = self.second.row_mut(code.index as usize);
                     for other in slot.codes(row) {
                         second[other.index as usize] += value * other.value;
@@ -87,6 +97,7 @@ impl Statistics {
             let shared = std::mem::take(&mut self.second.row_mut(other)[atom]);
             crate::square::product::add_scaled(self.pull.row_mut(other), shared, values);
         }
+        self.first[atom] = 0.0;
         self.second.row_mut(atom).fill(0.0);
         self.pull.row_mut(atom).fill(0.0);
     }

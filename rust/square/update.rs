@@ -1,86 +1,111 @@
 //! The dictionary step: exact block coordinate descent on the sums, in residual form.
 //!
 //! Atom k moves to the projection of `d_k + U_k / A_kk` onto non-negative vectors of norm at most 1
-//! (Mairal et al. 2010, algorithm 2). Atoms are taken 16 at a time: within such a line each step
+//! (Mairal et al. 2010, algorithm 2). Atoms are taken 16 at a time: within such a block each step
 //! sees the ones before it, and then one matrix product brings U of all atoms up to date.
 
 use pulp::{Arch, Simd, WithSimd};
 
 use crate::parallel::Pool;
-use crate::square::matrix::{LINE, Matrix};
+use crate::square::matrix::Matrix;
+use crate::square::panels::Panels;
 use crate::square::product::{Product, Side, add_scaled, sum_of_squares};
 use crate::square::statistics::Statistics;
 
 /// Atoms whose share of A is below this are left alone.
 const UNUSED: f32 = 1e-9;
+/// Atoms of a block.
+pub(crate) const BLOCK: usize = 16;
 /// Rows of U that one worker brings up to date at a time.
 const TOGETHER: usize = 24;
 
-/// Memory for the steps of one line.
+/// Memory for the steps of one block.
 #[derive(Debug, Clone)]
 pub(crate) struct Steps {
     steps: Matrix,
     shares: Matrix,
-    fresh: Matrix,
 }
 
 impl Steps {
     /// Memory for atoms of this number and width.
     pub fn new(n_atoms: usize, n_sites: usize) -> Self {
         Self {
-            steps: Matrix::zeros(LINE, n_sites),
-            shares: Matrix::zeros(n_atoms, LINE),
-            fresh: Matrix::zeros(1, n_sites),
+            steps: Matrix::zeros(BLOCK, n_sites),
+            shares: Matrix::zeros(n_atoms, BLOCK),
         }
     }
 
-    /// Moves the atoms of one line to their optimum, one after the other.
-    pub fn line(&mut self, line: usize, atoms: &mut Matrix, sums: &mut Statistics, pool: &Pool) {
-        let range = line * LINE..((line + 1) * LINE).min(atoms.n_rows());
-        for (step, atom) in range.clone().enumerate() {
-            self.atom((step, atom, range.start), atoms, sums);
+    /// Moves some atoms (at most 16) to their optimum, one after the other.
+    pub fn block(&mut self, which: &[u32], atoms: &mut Matrix, sums: &mut Statistics, pool: &Pool) {
+        for step in 0..which.len() {
+            self.atom(step, which, atoms, sums);
         }
-        for (row, shares) in self.shares.all_mut().chunks_mut(LINE).enumerate() {
-            let second = &sums.second.row(row)[range.clone()];
-            for (share, &second) in shares.iter_mut().zip(second) {
-                *share = -second;
+        for (row, shares) in self.shares.all_mut().chunks_mut(BLOCK).enumerate() {
+            let second = sums.second.row(row);
+            for (share, &atom) in shares.iter_mut().zip(which) {
+                *share = -second[atom as usize];
             }
         }
         let (stride, shares, steps) = (sums.pull.stride(), &self.shares, &self.steps);
         pool.parts(sums.pull.all_mut(), TOGETHER * stride, |part, pulls| {
             Product {
-                a: Side { data: &shares.all()[part * TOGETHER * LINE..], stride: LINE },
-                b: Side { data: steps.all(), stride },
+                a: Side::new(&shares.all()[part * TOGETHER * BLOCK..], BLOCK),
+                b: Side::new(steps.all(), stride),
                 n_rows: pulls.len() / stride,
                 c: pulls,
                 c_stride: stride,
-                depth: range.len(),
+                depth: which.len(),
                 width: stride,
             }
             .add();
         });
     }
 
-    fn atom(&mut self, place: (usize, usize, usize), atoms: &mut Matrix, sums: &Statistics) {
-        let (step, atom, first) = place;
+    fn atom(&mut self, step: usize, which: &[u32], atoms: &mut Matrix, sums: &Statistics) {
+        let atom = which[step] as usize;
         let second = sums.second.row(atom);
+        let stride = self.steps.stride();
+        let (before, fresh) = self.steps.all_mut().split_at_mut(step * stride);
+        let fresh = &mut fresh[..stride];
         if second[atom] <= UNUSED * sums.weight {
-            self.steps.row_mut(step).fill(0.0);
+            fresh.fill(0.0);
             return;
+        }
+        let mut shares = [0.0; BLOCK];
+        for (share, &other) in shares.iter_mut().zip(&which[..step]) {
+            *share = -second[other as usize];
         }
         let square = Arch::new().dispatch(Target {
             old: atoms.row(atom),
             pull: sums.pull.row(atom),
-            before: &second[first..atom],
-            steps: &self.steps,
+            shares: &shares[..step],
+            before,
             inverse: 1.0 / second[atom],
-            fresh: self.fresh.row_mut(0),
+            fresh,
         });
         let scale = if square > 1.0 { 1.0 / square.sqrt() } else { 1.0 };
-        let out = self.steps.row_mut(step).iter_mut().zip(atoms.row_mut(atom));
-        for ((step, old), fresh) in out.zip(self.fresh.row(0)) {
-            let new = fresh * scale;
-            *step = new - *old;
+        Arch::new().dispatch(Move { atom: atoms.row_mut(atom), fresh, scale });
+    }
+}
+
+/// Puts `scale` times the fresh atom in the old one's place and the difference in its own.
+struct Move<'a> {
+    atom: &'a mut [f32],
+    fresh: &'a mut [f32],
+    scale: f32,
+}
+
+impl WithSimd for Move<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let scale = simd.splat_f32s(self.scale);
+        let atom = S::as_mut_simd_f32s(self.atom).0;
+        let fresh = S::as_mut_simd_f32s(self.fresh).0;
+        for (old, fresh) in atom.iter_mut().zip(fresh) {
+            let new = simd.mul_f32s(*fresh, scale);
+            *fresh = simd.sub_f32s(new, *old);
             *old = new;
         }
     }
@@ -90,8 +115,9 @@ impl Steps {
 struct Target<'a> {
     old: &'a [f32],
     pull: &'a [f32],
+    /// Minus the shares of A with the atoms moved before, and their steps.
+    shares: &'a [f32],
     before: &'a [f32],
-    steps: &'a Matrix,
     inverse: f32,
     fresh: &'a mut [f32],
 }
@@ -103,6 +129,7 @@ impl WithSimd for Target<'_> {
     fn with_simd<S: Simd>(self, simd: S) -> f32 {
         const WIDE: usize = 4;
         let wide = WIDE * S::F32_LANES;
+        let stride = self.fresh.len();
         let inverse = simd.splat_f32s(self.inverse);
         for (at, fresh) in self.fresh.chunks_mut(wide).enumerate() {
             let columns = at * wide..at * wide + fresh.len();
@@ -111,9 +138,9 @@ impl WithSimd for Target<'_> {
             for (sum, &pull) in sums.iter_mut().zip(S::as_simd_f32s(&self.pull[columns.clone()]).0) {
                 *sum = pull;
             }
-            for (before, &share) in self.before.iter().enumerate() {
-                let step = S::as_simd_f32s(&self.steps.row(before)[columns.clone()]).0;
-                let share = simd.splat_f32s(-share);
+            for (step, &share) in self.before.chunks_exact(stride).zip(self.shares) {
+                let step = S::as_simd_f32s(&step[columns.clone()]).0;
+                let share = simd.splat_f32s(share);
                 for (sum, &step) in sums.iter_mut().zip(step) {
                     *sum = simd.mul_add_f32s(share, step, *sum);
                 }
@@ -128,8 +155,8 @@ impl WithSimd for Target<'_> {
     }
 }
 
-/// Gain that moving each line promises, largest first: sum of `|U_k|^2 / A_kk`.
-pub(crate) fn by_promise(sums: &Statistics) -> Vec<usize> {
+/// The atoms that promise the most from moving, `|U_k|^2 / A_kk`, in ascending order.
+pub(crate) fn most_promising(sums: &Statistics, count: usize) -> Vec<u32> {
     let promise = |atom: usize| {
         let second = sums.second.row(atom)[atom];
         if second <= UNUSED * sums.weight {
@@ -138,35 +165,42 @@ pub(crate) fn by_promise(sums: &Statistics) -> Vec<usize> {
         sum_of_squares(sums.pull.row(atom)) / second
     };
     let n_atoms = sums.second.n_rows();
-    let line = |line: usize| -> f32 {
-        (line * LINE..((line + 1) * LINE).min(n_atoms)).map(promise).sum()
-    };
-    let promises: Vec<f32> = (0..n_atoms.div_ceil(LINE)).map(line).collect();
-    let mut lines: Vec<usize> = (0..promises.len()).collect();
-    lines.sort_by(|&a, &b| promises[b].total_cmp(&promises[a]).then(a.cmp(&b)));
-    lines
+    let mut which: Vec<u32> = (0..n_atoms as u32).collect();
+    if count < n_atoms {
+        let promises: Vec<f32> = (0..n_atoms).map(promise).collect();
+        let promise = |&atom: &u32| promises[atom as usize];
+        which.sort_by(|a, b| promise(b).total_cmp(&promise(a)).then(a.cmp(b)));
+        which.truncate(count);
+        which.sort_unstable();
+    }
+    which
 }
 
-/// Brings the rows and columns of one line of the Gram matrix up to date.
+/// Brings the rows and columns of some atoms in the Gram matrix up to date.
 pub(crate) fn refresh_gram(
-    line: usize,
+    which: &[u32],
     atoms: &Matrix,
-    panels: &crate::square::panels::Panels,
+    panels: &Panels,
     gram: &mut Matrix,
+    pool: &Pool,
 ) {
-    let range = line * LINE..((line + 1) * LINE).min(atoms.n_rows());
-    let mut fresh = Matrix::zeros(range.len(), gram.width());
-    let side = Side {
-        data: &atoms.all()[range.start * atoms.stride()..],
-        stride: atoms.stride(),
-    };
-    panels.correlate(side, range.len(), &mut fresh);
-    for (at, atom) in range.clone().enumerate() {
-        gram.row_mut(atom).copy_from_slice(fresh.row(at));
+    let mut fresh = Matrix::zeros(which.len(), gram.width());
+    let stride = fresh.stride();
+    pool.parts(fresh.all_mut(), TOGETHER * stride, |part, rows| {
+        let side = Side {
+            data: atoms.all(),
+            stride: atoms.stride(),
+            picked: Some(&which[part * TOGETHER..]),
+        };
+        panels.correlate_into(side, rows.len() / stride, (rows, stride));
+    });
+    for (at, &atom) in which.iter().enumerate() {
+        gram.row_mut(atom as usize).copy_from_slice(fresh.row(at));
     }
     for other in 0..gram.n_rows() {
-        for (at, atom) in range.clone().enumerate() {
-            gram.row_mut(other)[atom] = fresh.row(at)[other];
+        let row = gram.row_mut(other);
+        for (at, &atom) in which.iter().enumerate() {
+            row[atom as usize] = fresh.row(at)[other];
         }
     }
 }

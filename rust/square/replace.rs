@@ -1,0 +1,104 @@
+//! Exchange of atoms that others can stand in for, for what the latest batch leaves unexplained.
+//!
+//! Coordinate steps cannot leave a dictionary that holds an atom twice, or two atoms and their sum,
+//! while another is missing. What an atom is worth is estimated from the sums: coded by the others
+//! (no penalty), it leaves the distance t and needs codes of sum q; without it the objective rises
+//! by about `1/2 A_kk t^2 + penalty m_k (q - 1)` per row, m_k being its mean code. What a residual is
+//! worth as a new atom is measured on the other rows of the batch.
+
+use crate::parallel::Pool;
+use crate::square::coder::{Coder, Desk};
+use crate::square::matrix::Matrix;
+use crate::square::panels::Panels;
+use crate::square::product::{Side, sum_of_squares};
+use crate::square::slot::Slot;
+use crate::square::statistics::Statistics;
+
+/// A newcomer must promise this many times what the atom it replaces is worth.
+const MARGIN: f64 = 1.0;
+
+/// What every atom is worth per row, in units of the objective over lambda 2.
+pub(crate) fn worths(coder: &Coder, sums: &Statistics, pool: &Pool) -> Vec<f64> {
+    let mut free = Coder::new(coder.gram.clone(), 0.0, 1e-3);
+    let n_atoms = coder.n_atoms();
+    free.tolerance = 1e-2;
+    let mass = f64::from(sums.mass).max(1e-30);
+    pool.map(
+        n_atoms,
+        || Desk::new(n_atoms),
+        |desk, atom| {
+            let (distance, sum) = stand_in(&free, desk, atom);
+            let square = f64::from(sums.second.row(atom)[atom]) / mass;
+            let mean = f64::from(sums.first[atom]) / mass;
+            0.5 * square * distance + f64::from(coder.penalty) * mean * (sum - 1.0).max(0.0)
+        },
+    )
+}
+
+/// Squared distance of an atom from what the others make of it, and the sum of their codes.
+fn stand_in(free: &Coder, desk: &mut Desk, atom: usize) -> (f64, f64) {
+    let row = free.gram.row(atom);
+    desk.slopes.copy_from_slice(row);
+    free.code_without(desk, atom);
+    let pairs = desk.codes.iter().zip(row).zip(desk.slopes.iter());
+    let used = pairs.filter(|((code, _), _)| **code > 0.0);
+    let made: f64 = used
+        .map(|((&code, &product), &slope)| f64::from(code) * f64::from(product + slope))
+        .sum();
+    let sum = desk.codes.iter().map(|&code| f64::from(code)).sum();
+    ((f64::from(row[atom]) - made).max(0.0), sum)
+}
+
+/// New atoms from the residuals of a batch, best first, each with what it promises per row.
+pub(crate) fn newcomers(slots: &[Slot], count: usize, penalty: f32) -> Vec<(f64, Vec<f32>)> {
+    let Some((rests, fresh)) = residuals(slots) else {
+        return Vec::new();
+    };
+    let n_rows = rests.n_rows();
+    let mut products = Matrix::zeros(n_rows, n_rows);
+    let side = Side::new(rests.all(), rests.stride());
+    Panels::new(&fresh).correlate(side, n_rows, &mut products);
+    let mut open = vec![true; n_rows];
+    let mut found = Vec::new();
+    while found.len() < count {
+        let gain = |new: usize| -> f64 {
+            let others = (0..n_rows).filter(|&row| row != new && open[row]);
+            others.map(|row| 0.5 * f64::from((products.row(row)[new] - penalty).max(0.0)).powi(2)).sum()
+        };
+        let gains = (0..n_rows).filter(|&new| open[new]).map(|new| (gain(new), new));
+        let Some((best, new)) = gains.max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))) else {
+            break;
+        };
+        found.push((best / n_rows as f64, fresh.row(new)[..fresh.width()].to_vec()));
+        open[new] = false;
+        for row in 0..n_rows {
+            open[row] &= products.row(row)[new] <= penalty;
+        }
+    }
+    found
+}
+
+/// Residuals of a batch, and their positive parts at norm 1.
+fn residuals(slots: &[Slot]) -> Option<(Matrix, Matrix)> {
+    let rows: Vec<&[f32]> = slots.iter().flat_map(|slot| (0..slot.n_rows()).map(|row| slot.rest(row))).collect();
+    let width = rows.first()?.len();
+    let (mut rests, mut fresh) = (Matrix::zeros(rows.len(), width), Matrix::zeros(rows.len(), width));
+    for (at, row) in rows.iter().enumerate() {
+        rests.row_mut(at).copy_from_slice(row);
+        let out = fresh.row_mut(at);
+        out.iter_mut().zip(*row).for_each(|(out, &rest)| *out = rest.max(0.0));
+        let norm = sum_of_squares(out).sqrt();
+        if norm > 0.0 {
+            out.iter_mut().for_each(|value| *value /= norm);
+        }
+    }
+    Some((rests, fresh))
+}
+
+/// Pairs the least worthy atoms that may go with newcomers that promise more.
+pub(crate) fn exchanges(worths: &[f64], may_go: impl Fn(usize) -> bool, promises: &[f64]) -> Vec<usize> {
+    let mut weakest: Vec<usize> = (0..worths.len()).filter(|&atom| may_go(atom)).collect();
+    weakest.sort_by(|&a, &b| worths[a].total_cmp(&worths[b]).then(a.cmp(&b)));
+    let pairs = weakest.into_iter().zip(promises);
+    pairs.take_while(|&(atom, &promise)| promise > MARGIN * worths[atom]).map(|(atom, _)| atom).collect()
+}
