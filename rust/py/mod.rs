@@ -4,6 +4,8 @@ mod arrays;
 mod errors;
 mod fitting;
 mod square;
+mod square_learning;
+mod square_rows;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -21,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use super::square::encode_square;
     #[pymodule_export]
-    use super::square::try_square;
+    use super::square_learning::learn_square;
 }
 
 /// When each site falls in CAEP's loop, and what it contributed just before.

@@ -6,8 +6,9 @@ use pyo3::types::{PyDict, PyTuple};
 
 use crate::error::{Error, Result};
 use crate::parallel::Pool;
+use crate::py::square_rows::{Held, at_least};
 use crate::py::{arrays, errors};
-use crate::square::{Encoding, Sheet, checked_atoms, encode};
+use crate::square::{Encoding, checked_atoms, encode};
 
 /// Coding settings as Python passes them.
 #[derive(FromPyObject)]
@@ -104,84 +105,4 @@ fn check_caps(caps: &[f32], n_atoms: usize) -> Result<()> {
             allowed: "at least 0",
         }),
     }
-}
-
-fn at_least(name: &'static str, got: f64, ok: bool, allowed: &str) -> Result<()> {
-    if ok && got.is_finite() {
-        return Ok(());
-    }
-    Err(Error::Setting {
-        name,
-        got: got.to_string(),
-        allowed: allowed.into(),
-    })
-}
-
-/// The arrays of sparse rows, kept from changing while Rust reads them.
-struct Held<'py> {
-    py: Python<'py>,
-    starts: numpy::PyReadonlyArrayDyn<'py, i64>,
-    sites: numpy::PyReadonlyArrayDyn<'py, u32>,
-    values: numpy::PyReadonlyArrayDyn<'py, f32>,
-}
-
-impl<'py> Held<'py> {
-    fn new(rows: &Bound<'py, PyTuple>) -> PyResult<Self> {
-        type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
-        let (starts, sites, values): Arrays = rows.extract()?;
-        Ok(Self {
-            py: rows.py(),
-            starts: arrays::array(&starts, "indptr")?,
-            sites: arrays::array(&sites, "sites")?,
-            values: arrays::array(&values, "values")?,
-        })
-    }
-
-    fn sheet(&self, n_sites: usize) -> PyResult<Sheet<'_>> {
-        let starts = arrays::view(&self.starts, "indptr", 1)?;
-        let sites = arrays::view(&self.sites, "sites", 1)?;
-        let values = arrays::view(&self.values, "values", 1)?;
-        Sheet::new(starts, sites, values, n_sites)
-            .map_err(|error| errors::to_python(self.py, &error))
-    }
-}
-
-/// Temporary door for experiments.
-#[pyfunction]
-#[pyo3(signature = (rows, n_sites, atoms, batches, batch, window, exponent, share, penalty, tolerance, seed))]
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn try_square<'py>(
-    py: Python<'py>,
-    rows: &Bound<'py, PyTuple>,
-    n_sites: usize,
-    atoms: &Bound<'py, PyAny>,
-    batches: Vec<usize>,
-    batch: usize,
-    window: usize,
-    exponent: f64,
-    share: f64,
-    penalty: f32,
-    tolerance: f32,
-    seed: u64,
-) -> PyResult<Vec<(f64, Bound<'py, PyArray1<f32>>)>> {
-    use crate::square::{Learner, Schedule};
-    let held = Held::new(rows)?;
-    let sheet = held.sheet(n_sites)?;
-    let atoms = arrays::array::<f32>(atoms, "atoms")?;
-    let flat = arrays::view(&atoms, "atoms", 2)?;
-    let mut out = Vec::new();
-    let pool = Pool::new(1).unwrap();
-    let t = std::time::Instant::now();
-    let mut learner = Learner::new(
-        checked_atoms(flat, n_sites).unwrap(),
-        Schedule { batch, window, exponent, share, penalty, tolerance, seed },
-    );
-    let mut spent = t.elapsed().as_secs_f64();
-    for n in batches {
-        let t = std::time::Instant::now();
-        learner.learn(&sheet, n, &pool);
-        spent += t.elapsed().as_secs_f64();
-        out.push((spent, PyArray1::from_vec(py, learner.atoms.flat())));
-    }
-    Ok(out)
 }

@@ -26,5 +26,7 @@ mod thin;
 mod update;
 
 pub(crate) use encode::{Encoding, checked_atoms, encode};
-pub(crate) use learner::{Learner, Schedule};
+pub(crate) use learner::{Learner, Running, Schedule, State};
+pub(crate) use matrix::Matrix;
+pub(crate) use order::Order;
 pub(crate) use sheet::Sheet;

@@ -16,7 +16,11 @@ pub(crate) struct Order {
 impl Order {
     /// An order that goes on where another stood.
     pub fn at(pass: u64, place: usize) -> Self {
-        Self { pass, place, rows: Vec::new() }
+        Self {
+            pass,
+            place,
+            rows: Vec::new(),
+        }
     }
 
     /// The next rows of `n`, at most `count` of them; fewer at the end of a pass.

@@ -23,7 +23,11 @@ pub(crate) struct Side<'a> {
 impl<'a> Side<'a> {
     /// Consecutive rows.
     pub fn new(data: &'a [f32], stride: usize) -> Self {
-        Self { data, stride, picked: None }
+        Self {
+            data,
+            stride,
+            picked: None,
+        }
     }
 
     #[inline(always)]

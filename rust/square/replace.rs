@@ -63,13 +63,20 @@ pub(crate) fn newcomers(slots: &[Slot], count: usize, penalty: f32) -> Vec<(f64,
     while found.len() < count {
         let gain = |new: usize| -> f64 {
             let others = (0..n_rows).filter(|&row| row != new && open[row]);
-            others.map(|row| 0.5 * f64::from((products.row(row)[new] - penalty).max(0.0)).powi(2)).sum()
+            others
+                .map(|row| 0.5 * f64::from((products.row(row)[new] - penalty).max(0.0)).powi(2))
+                .sum()
         };
-        let gains = (0..n_rows).filter(|&new| open[new]).map(|new| (gain(new), new));
+        let gains = (0..n_rows)
+            .filter(|&new| open[new])
+            .map(|new| (gain(new), new));
         let Some((best, new)) = gains.max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1))) else {
             break;
         };
-        found.push((best / n_rows as f64, fresh.row(new)[..fresh.width()].to_vec()));
+        found.push((
+            best / n_rows as f64,
+            fresh.row(new)[..fresh.width()].to_vec(),
+        ));
         open[new] = false;
         for row in 0..n_rows {
             open[row] &= products.row(row)[new] <= penalty;
@@ -80,13 +87,21 @@ pub(crate) fn newcomers(slots: &[Slot], count: usize, penalty: f32) -> Vec<(f64,
 
 /// Residuals of a batch, and their positive parts at norm 1.
 fn residuals(slots: &[Slot]) -> Option<(Matrix, Matrix)> {
-    let rows: Vec<&[f32]> = slots.iter().flat_map(|slot| (0..slot.n_rows()).map(|row| slot.rest(row))).collect();
+    let rows: Vec<&[f32]> = slots
+        .iter()
+        .flat_map(|slot| (0..slot.n_rows()).map(|row| slot.rest(row)))
+        .collect();
     let width = rows.first()?.len();
-    let (mut rests, mut fresh) = (Matrix::zeros(rows.len(), width), Matrix::zeros(rows.len(), width));
+    let (mut rests, mut fresh) = (
+        Matrix::zeros(rows.len(), width),
+        Matrix::zeros(rows.len(), width),
+    );
     for (at, row) in rows.iter().enumerate() {
         rests.row_mut(at).copy_from_slice(row);
         let out = fresh.row_mut(at);
-        out.iter_mut().zip(*row).for_each(|(out, &rest)| *out = rest.max(0.0));
+        out.iter_mut()
+            .zip(*row)
+            .for_each(|(out, &rest)| *out = rest.max(0.0));
         let norm = sum_of_squares(out).sqrt();
         if norm > 0.0 {
             out.iter_mut().for_each(|value| *value /= norm);
@@ -96,9 +111,46 @@ fn residuals(slots: &[Slot]) -> Option<(Matrix, Matrix)> {
 }
 
 /// Pairs the least worthy atoms that may go with newcomers that promise more.
-pub(crate) fn exchanges(worths: &[f64], may_go: impl Fn(usize) -> bool, promises: &[f64]) -> Vec<usize> {
+pub(crate) fn exchanges(
+    worths: &[f64],
+    may_go: impl Fn(usize) -> bool,
+    promises: &[f64],
+) -> Vec<usize> {
     let mut weakest: Vec<usize> = (0..worths.len()).filter(|&atom| may_go(atom)).collect();
     weakest.sort_by(|&a, &b| worths[a].total_cmp(&worths[b]).then(a.cmp(&b)));
     let pairs = weakest.into_iter().zip(promises);
-    pairs.take_while(|&(atom, &promise)| promise > MARGIN * worths[atom]).map(|(atom, _)| atom).collect()
+    pairs
+        .take_while(|&(atom, &promise)| promise > MARGIN * worths[atom])
+        .map(|(atom, _)| atom)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::square::correlate::gram;
+
+    #[test]
+    fn sums_and_twins_are_worth_little() {
+        // e1, e2, their sum at norm 1, e3, and e3 again.
+        let half = 0.5_f32.sqrt();
+        let flat = [
+            1.0, 0.0, 0.0, 0.0, 1.0, 0.0, half, half, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0,
+        ];
+        let atoms = Matrix::from_flat(&flat, 3);
+        let coder = Coder::new(gram(&atoms, &Panels::new(&atoms)), 0.5, 1e-4);
+        let mut sums = Statistics::new(5, 3);
+        sums.mass = 10.0;
+        for atom in 0..5 {
+            sums.second.row_mut(atom)[atom] = 10.0;
+            sums.first[atom] = 10.0;
+        }
+        let worths = worths(&coder, &sums, &Pool::new(1).unwrap());
+        // e1 by the others: sqrt(1/2) of the sum, at distance^2 1/2.
+        assert!((worths[0] - 0.25).abs() < 1e-2, "{worths:?}");
+        // The sum: exactly, by codes that sum to sqrt 2.
+        assert!((worths[2] - 0.5 * (2.0_f64.sqrt() - 1.0)).abs() < 1e-2);
+        assert!(worths[3].abs() < 1e-2 && worths[4].abs() < 1e-2);
+        assert_eq!(exchanges(&worths, |atom| atom != 3, &[0.3, 0.01]), vec![4]);
+    }
 }

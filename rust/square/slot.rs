@@ -18,7 +18,8 @@ pub(crate) struct Slot {
     desk: Desk,
     starts: Vec<usize>,
     codes: Vec<Entry>,
-    /// Sum of codes and half the squared error, over the rows.
+    weights: Vec<f32>,
+    /// Weighted sum of codes and half the squared error, over the rows.
     pub cost: [f64; 2],
 }
 
@@ -42,6 +43,7 @@ impl Slot {
             desk: Desk::new(n_atoms),
             starts: vec![0],
             codes: Vec::new(),
+            weights: vec![1.0; Self::ROWS],
             cost: [0.0; 2],
         }
     }
@@ -56,6 +58,11 @@ impl Slot {
         &self.codes[self.starts[row]..self.starts[row + 1]]
     }
 
+    /// Weight of a row.
+    pub fn weight(&self, row: usize) -> f32 {
+        self.weights[row]
+    }
+
     /// The residual of a row, with padding.
     pub fn rest(&self, row: usize) -> &[f32] {
         self.rows.row(row)
@@ -67,20 +74,60 @@ impl Slot {
         self.codes.clear();
         self.cost = [0.0; 2];
         self.correlate(sheet, rows, tools.panels);
-        let n_atoms = tools.atoms.n_rows();
         for row in 0..rows.len() {
             self.desk.slopes.copy_from_slice(self.products.row(row));
             tools.coder.code(&mut self.desk);
-            for (atom, &value) in self.desk.codes[..n_atoms].iter().enumerate() {
-                if value > 0.0 {
-                    self.codes.push(Entry { index: atom as u32, value });
-                    add_scaled(self.rows.row_mut(row), -value, tools.atoms.row(atom));
-                    self.cost[0] += f64::from(value);
-                }
-            }
-            self.starts.push(self.codes.len());
-            self.cost[1] += 0.5 * f64::from(sum_of_squares(self.rows.row(row)));
+            let used = self
+                .desk
+                .codes
+                .iter()
+                .enumerate()
+                .filter(|(_, value)| **value > 0.0);
+            let entry = |(atom, &value): (usize, &f32)| Entry {
+                index: atom as u32,
+                value,
+            };
+            self.codes.extend(used.map(entry));
+            self.close(row, tools.atoms);
         }
+    }
+
+    /// Takes rows with given codes and weights and leaves their residuals.
+    pub fn take<'a>(
+        &mut self,
+        sheet: &Sheet,
+        rows: std::ops::Range<usize>,
+        codes: impl Fn(usize) -> (&'a [u32], &'a [f32]),
+        weights: &[f64],
+        atoms: &Matrix,
+    ) {
+        self.starts.truncate(1);
+        self.codes.clear();
+        self.cost = [0.0; 2];
+        for (at, row) in rows.enumerate() {
+            sheet.spread(row, self.rows.row_mut(at));
+            let (used, values) = codes(row);
+            let pairs = used.iter().zip(values);
+            self.codes
+                .extend(pairs.map(|(&index, &value)| Entry { index, value }));
+            self.weights[at] = weights[row] as f32;
+            self.close(at, atoms);
+        }
+    }
+
+    /// Subtracts what a row's codes (the last ones) make of it and adds up its cost.
+    fn close(&mut self, row: usize, atoms: &Matrix) {
+        let weight = f64::from(self.weights[row]);
+        for code in &self.codes[self.starts[row]..] {
+            add_scaled(
+                self.rows.row_mut(row),
+                -code.value,
+                atoms.row(code.index as usize),
+            );
+            self.cost[0] += weight * f64::from(code.value);
+        }
+        self.starts.push(self.codes.len());
+        self.cost[1] += 0.5 * weight * f64::from(sum_of_squares(self.rows.row(row)));
     }
 
     fn correlate(&mut self, sheet: &Sheet, rows: &[u32], panels: &Panels) {

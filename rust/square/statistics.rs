@@ -58,22 +58,33 @@ impl Statistics {
     }
 
     fn scale(&mut self, factor: f32) {
-        self.weight = if factor > 0.0 { self.weight * factor } else { 1.0 };
+        self.weight = if factor > 0.0 {
+            self.weight * factor
+        } else {
+            1.0
+        };
         self.mass *= factor;
         self.first.iter_mut().for_each(|value| *value *= factor);
-        self.second.all_mut().iter_mut().for_each(|value| *value *= factor);
-        self.pull.all_mut().iter_mut().for_each(|value| *value *= factor);
+        self.second
+            .all_mut()
+            .iter_mut()
+            .for_each(|value| *value *= factor);
+        self.pull
+            .all_mut()
+            .iter_mut()
+            .for_each(|value| *value *= factor);
     }
 
     /// Adds the codes and residuals of a batch.
     pub fn add(&mut self, slots: &[Slot], pool: &Pool) {
         self.by_atom.iter_mut().for_each(Vec::clear);
         for (at, slot) in slots.iter().enumerate() {
-            self.mass += slot.n_rows() as f32 * self.weight;
             for row in 0..slot.n_rows() {
+                let weight = self.weight * slot.weight(row);
+                self.mass += weight;
                 let id = (at * Slot::ROWS + row) as u32;
                 for code in slot.codes(row) {
-                    let value = code.value * self.weight;
+                    let value = code.value * weight;
                     self.by_atom[code.index as usize].push((id, value));
                     self.first[code.index as usize] += value;
                     let second = self.second.row_mut(code.index as usize);

@@ -9,7 +9,7 @@ use pulp::{Arch, Simd, WithSimd};
 use crate::parallel::Pool;
 use crate::square::matrix::Matrix;
 use crate::square::panels::Panels;
-use crate::square::product::{Product, Side, add_scaled, sum_of_squares};
+use crate::square::product::{Product, Side, sum_of_squares};
 use crate::square::statistics::Statistics;
 
 /// Atoms whose share of A is below this are left alone.
@@ -83,8 +83,16 @@ impl Steps {
             inverse: 1.0 / second[atom],
             fresh,
         });
-        let scale = if square > 1.0 { 1.0 / square.sqrt() } else { 1.0 };
-        Arch::new().dispatch(Move { atom: atoms.row_mut(atom), fresh, scale });
+        let scale = if square > 1.0 {
+            1.0 / square.sqrt()
+        } else {
+            1.0
+        };
+        Arch::new().dispatch(Move {
+            atom: atoms.row_mut(atom),
+            fresh,
+            scale,
+        });
     }
 }
 
@@ -135,7 +143,10 @@ impl WithSimd for Target<'_> {
             let columns = at * wide..at * wide + fresh.len();
             let fresh = S::as_mut_simd_f32s(fresh).0;
             let mut sums = [simd.splat_f32s(0.0); WIDE];
-            for (sum, &pull) in sums.iter_mut().zip(S::as_simd_f32s(&self.pull[columns.clone()]).0) {
+            for (sum, &pull) in sums
+                .iter_mut()
+                .zip(S::as_simd_f32s(&self.pull[columns.clone()]).0)
+            {
                 *sum = pull;
             }
             for (step, &share) in self.before.chunks_exact(stride).zip(self.shares) {
@@ -205,13 +216,5 @@ pub(crate) fn refresh_gram(
     }
 }
 
-/// U += A D: turns the residual form into B, for a check or another dictionary.
-pub(crate) fn to_products(sums: &Statistics, atoms: &Matrix) -> Matrix {
-    let mut products = sums.pull.clone();
-    for atom in 0..atoms.n_rows() {
-        for (other, &share) in sums.second.row(atom)[..atoms.n_rows()].iter().enumerate() {
-            add_scaled(products.row_mut(atom), share, atoms.row(other));
-        }
-    }
-    products
-}
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,51 @@
+//! Sparse rows and settings of the squared-error engine as they enter.
+
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+use crate::error::{Error, Result};
+use crate::py::{arrays, errors};
+use crate::square::Sheet;
+
+/// An error that names a setting, unless it is good.
+pub(crate) fn at_least(name: &'static str, got: f64, ok: bool, allowed: &str) -> Result<()> {
+    if ok && got.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        name,
+        got: got.to_string(),
+        allowed: allowed.into(),
+    })
+}
+
+/// The arrays of sparse rows, kept from changing while Rust reads them.
+pub(crate) struct Held<'py> {
+    py: Python<'py>,
+    starts: numpy::PyReadonlyArrayDyn<'py, i64>,
+    sites: numpy::PyReadonlyArrayDyn<'py, u32>,
+    values: numpy::PyReadonlyArrayDyn<'py, f32>,
+}
+
+impl<'py> Held<'py> {
+    /// Arrays of the right types.
+    pub fn new(rows: &Bound<'py, PyTuple>) -> PyResult<Self> {
+        type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+        let (starts, sites, values): Arrays = rows.extract()?;
+        Ok(Self {
+            py: rows.py(),
+            starts: arrays::array(&starts, "indptr")?,
+            sites: arrays::array(&sites, "sites")?,
+            values: arrays::array(&values, "values")?,
+        })
+    }
+
+    /// The rows, checked.
+    pub fn sheet(&self, n_sites: usize) -> PyResult<Sheet<'_>> {
+        let starts = arrays::view(&self.starts, "indptr", 1)?;
+        let sites = arrays::view(&self.sites, "sites", 1)?;
+        let values = arrays::view(&self.values, "values", 1)?;
+        Sheet::new(starts, sites, values, n_sites)
+            .map_err(|error| errors::to_python(self.py, &error))
+    }
+}
