@@ -4,6 +4,7 @@ mod arrays;
 mod errors;
 mod fitting;
 mod square;
+mod square_fitting;
 mod square_learning;
 mod square_rows;
 
@@ -22,6 +23,8 @@ mod _core {
 
     #[pymodule_export]
     use super::square::encode_square;
+    #[pymodule_export]
+    use super::square_fitting::fit_square;
     #[pymodule_export]
     use super::square_learning::learn_square;
 }

@@ -6,9 +6,9 @@ use pyo3::types::{PyDict, PyTuple};
 
 use crate::error::{Error, Result};
 use crate::parallel::Pool;
-use crate::py::square_rows::{Held, at_least};
+use crate::py::square_rows::Held;
 use crate::py::{arrays, errors};
-use crate::square::{Encoding, checked_atoms, encode};
+use crate::square::{Encoding, checked_atoms, demand, encode, not_negative};
 
 /// Coding settings as Python passes them.
 #[derive(FromPyObject)]
@@ -56,25 +56,15 @@ pub(crate) fn encode_square<'py>(
 
 impl EncodeSettings {
     fn checked(&self, n_atoms: usize) -> Result<Encoding> {
-        at_least(
-            "sparsity",
-            self.sparsity,
-            self.sparsity >= 0.0,
-            "finite and at least 0",
-        )?;
+        not_negative("sparsity", self.sparsity)?;
         let positive = self.reconstruction > 0.0;
-        at_least(
+        demand(
             "reconstruction",
             self.reconstruction,
             positive,
             "finite and above 0",
         )?;
-        at_least(
-            "tolerance",
-            self.tolerance,
-            self.tolerance >= 0.0,
-            "finite and at least 0",
-        )?;
+        not_negative("tolerance", self.tolerance)?;
         if let Some(caps) = &self.caps {
             check_caps(caps, n_atoms)?;
         }

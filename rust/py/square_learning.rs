@@ -6,9 +6,11 @@ use pyo3::types::{PyDict, PyTuple};
 
 use crate::error::{Error, Result};
 use crate::parallel::Pool;
-use crate::py::square_rows::{Held, at_least};
+use crate::py::square_rows::Held;
 use crate::py::{arrays, errors};
-use crate::square::{Learner, Matrix, Order, Running, Schedule, State, checked_atoms};
+use crate::square::{
+    Learner, Matrix, Order, Running, Schedule, State, checked_atoms, demand, not_negative,
+};
 
 /// Learning settings as Python passes them.
 #[derive(FromPyObject)]
@@ -53,35 +55,20 @@ pub(crate) fn learn_square<'py>(
 
 impl LearnSettings {
     fn checked(&self) -> Result<Schedule> {
-        at_least("batch", self.batch as f64, self.batch > 0, "at least 1")?;
-        at_least("window", self.window as f64, self.window > 0, "at least 1")?;
-        at_least(
-            "exponent",
-            self.exponent,
-            self.exponent >= 0.0,
-            "finite and at least 0",
-        )?;
+        demand("batch", self.batch as f64, self.batch > 0, "at least 1")?;
+        demand("window", self.window as f64, self.window > 0, "at least 1")?;
         let part = self.share > 0.0 && self.share <= 1.0;
-        at_least("share", self.share, part, "above 0 and at most 1")?;
-        at_least(
-            "sparsity",
-            self.sparsity,
-            self.sparsity >= 0.0,
-            "finite and at least 0",
-        )?;
+        demand("share", self.share, part, "above 0 and at most 1")?;
         let positive = self.reconstruction > 0.0;
-        at_least(
+        demand(
             "reconstruction",
             self.reconstruction,
             positive,
             "finite and above 0",
         )?;
-        at_least(
-            "tolerance",
-            self.tolerance,
-            self.tolerance >= 0.0,
-            "finite and at least 0",
-        )?;
+        not_negative("exponent", self.exponent)?;
+        not_negative("sparsity", self.sparsity)?;
+        not_negative("tolerance", self.tolerance)?;
         Ok(Schedule {
             batch: self.batch,
             window: self.window,

@@ -1,23 +1,10 @@
-//! Sparse rows and settings of the squared-error engine as they enter.
+//! Sparse rows of the squared-error engine as they enter.
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-use crate::error::{Error, Result};
 use crate::py::{arrays, errors};
 use crate::square::Sheet;
-
-/// An error that names a setting, unless it is good.
-pub(crate) fn at_least(name: &'static str, got: f64, ok: bool, allowed: &str) -> Result<()> {
-    if ok && got.is_finite() {
-        return Ok(());
-    }
-    Err(Error::Setting {
-        name,
-        got: got.to_string(),
-        allowed: allowed.into(),
-    })
-}
 
 /// The arrays of sparse rows, kept from changing while Rust reads them.
 pub(crate) struct Held<'py> {

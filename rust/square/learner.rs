@@ -225,4 +225,4 @@ impl Learner {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

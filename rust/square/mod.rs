@@ -9,16 +9,21 @@
 //! With s = 0 it is plain non-negative sparse coding (Mairal et al. 2010). The rows enter the
 //! dictionary step only through A = sum R'R and B = sum R'X, kept as A and U = B - A D.
 
+mod caps;
 mod coder;
 mod correlate;
 mod encode;
+mod fit;
 mod gap;
 mod learner;
+mod level;
 mod matrix;
 mod order;
 mod panels;
+mod params;
 mod product;
 mod replace;
+mod seeding;
 mod sheet;
 mod slot;
 mod statistics;
@@ -26,7 +31,9 @@ mod thin;
 mod update;
 
 pub(crate) use encode::{Encoding, checked_atoms, encode};
+pub(crate) use fit::fit_square;
 pub(crate) use learner::{Learner, Running, Schedule, State};
 pub(crate) use matrix::Matrix;
 pub(crate) use order::Order;
+pub(crate) use params::{SquareParams, demand, not_negative};
 pub(crate) use sheet::Sheet;

@@ -2,6 +2,7 @@
 
 use crate::rows::Entry;
 use crate::square::coder::{Coder, Desk};
+use crate::square::encode::Codes;
 use crate::square::matrix::Matrix;
 use crate::square::panels::Panels;
 use crate::square::product::{Side, add_scaled, sum_of_squares};
@@ -93,11 +94,11 @@ impl Slot {
     }
 
     /// Takes rows with given codes and weights and leaves their residuals.
-    pub fn take<'a>(
+    pub fn take(
         &mut self,
         sheet: &Sheet,
         rows: std::ops::Range<usize>,
-        codes: impl Fn(usize) -> (&'a [u32], &'a [f32]),
+        codes: &Codes,
         weights: &[f64],
         atoms: &Matrix,
     ) {
@@ -106,7 +107,7 @@ impl Slot {
         self.cost = [0.0; 2];
         for (at, row) in rows.enumerate() {
             sheet.spread(row, self.rows.row_mut(at));
-            let (used, values) = codes(row);
+            let (used, values) = codes.row(row);
             let pairs = used.iter().zip(values);
             self.codes
                 .extend(pairs.map(|(&index, &value)| Entry { index, value }));
