@@ -94,6 +94,11 @@ impl Coder {
         }
     }
 
+    /// Never uses an atom again.
+    pub fn bar(&mut self, atom: usize) {
+        self.inverse[atom] = 0.0;
+    }
+
     /// Sets the largest allowed codes.
     pub fn set_caps(&mut self, caps: &[f32]) {
         self.caps[..caps.len()].copy_from_slice(caps);

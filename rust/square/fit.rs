@@ -24,6 +24,10 @@ const SHARE: f64 = 0.5;
 /// Coder tolerance while learning.
 const TOLERANCE: f32 = 1e-3;
 
+/// Dropping atoms is tried as long as it helps, and again where an iteration gains less than this
+/// many times the tolerance.
+const SLOW: f64 = 10.0;
+
 /// What all levels share.
 struct Workshop<'a, 'b> {
     pool: Pool,
@@ -181,17 +185,23 @@ impl Workshop<'_, '_> {
         atoms: Matrix,
         number: usize,
     ) -> Done {
-        let pool = Pool::inside;
-        let mut level = pool(&self.pool, || {
-            Level::new(sheet, row_weights, atoms, self.weights, &self.pool)
-        });
+        let weights = self.weights;
+        let start = || Level::new(sheet, row_weights, atoms, weights, &self.pool);
+        let mut level = self.pool.inside(start);
         let mut reached = StopReason::MaxIterations;
+        let mut dropping = true;
         for iteration in 1..=self.params.max_iterations {
             if !self.goes_on() {
                 break;
             }
             let last = level.terms.total;
-            self.pool.inside(|| level.improve(&self.pool));
+            self.pool.inside(|| {
+                level.improve(&self.pool);
+                let slow = last - level.terms.total <= SLOW * self.params.tolerance * last;
+                if weights.size > 0.0 && (dropping || slow) {
+                    dropping = level.drop_weak(&self.pool);
+                }
+            });
             self.note(format!("level {number}"), iteration, level.terms);
             if last - level.terms.total <= self.params.tolerance * last {
                 reached = StopReason::Tolerance;

@@ -37,7 +37,7 @@ pub(crate) struct Weights {
 }
 
 /// Rows with their weights, and the atoms and codes that explain them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Level<'a> {
     pub sheet: Sheet<'a>,
     pub row_weights: Vec<f64>,
@@ -46,8 +46,8 @@ pub(crate) struct Level<'a> {
     /// Largest code of each atom.
     pub peaks: Vec<f32>,
     pub terms: Terms,
-    weights: Weights,
-    sums: Statistics,
+    pub weights: Weights,
+    pub sums: Statistics,
 }
 
 impl<'a> Level<'a> {
@@ -112,7 +112,7 @@ impl<'a> Level<'a> {
     }
 
     /// Better codes for every row under the present caps, then better caps.
-    fn recode(&mut self, pool: &Pool) {
+    pub fn recode(&mut self, pool: &Pool) {
         let panels = Panels::new(&self.atoms);
         let penalty = (self.weights.sparsity / self.weights.reconstruction) as f32;
         let mut coder = Coder::new(gram(&self.atoms, &panels), penalty, TOLERANCE);
@@ -233,7 +233,7 @@ impl<'a> Level<'a> {
     }
 
     /// The sums of the present codes and the objective's terms.
-    fn sum_up(&mut self, pool: &Pool) {
+    pub fn sum_up(&mut self, pool: &Pool) {
         let largest = self
             .row_weights
             .iter()

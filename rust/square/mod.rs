@@ -12,6 +12,7 @@
 mod caps;
 mod coder;
 mod correlate;
+mod drop;
 mod encode;
 mod fit;
 mod gap;

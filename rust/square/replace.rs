@@ -19,24 +19,34 @@ const MARGIN: f64 = 1.0;
 
 /// What every atom is worth per row, in units of the objective over lambda 2.
 pub(crate) fn worths(coder: &Coder, sums: &Statistics, pool: &Pool) -> Vec<f64> {
-    let mut free = Coder::new(coder.gram.clone(), 0.0, 1e-3);
+    let free = Coder::new(coder.gram.clone(), 0.0, 1e-2);
     let n_atoms = coder.n_atoms();
-    free.tolerance = 1e-2;
+    let desk = || Desk::new(n_atoms);
+    pool.map(n_atoms, desk, |desk, atom| {
+        worth(
+            alone(&free, desk, atom),
+            sums,
+            atom,
+            f64::from(coder.penalty),
+        )
+    })
+}
+
+/// What an atom is worth per row, given the distance and sum of codes of what stands in for it.
+pub(crate) fn worth(
+    (distance, sum): (f64, f64),
+    sums: &Statistics,
+    atom: usize,
+    penalty: f64,
+) -> f64 {
     let mass = f64::from(sums.mass).max(1e-30);
-    pool.map(
-        n_atoms,
-        || Desk::new(n_atoms),
-        |desk, atom| {
-            let (distance, sum) = stand_in(&free, desk, atom);
-            let square = f64::from(sums.second.row(atom)[atom]) / mass;
-            let mean = f64::from(sums.first[atom]) / mass;
-            0.5 * square * distance + f64::from(coder.penalty) * mean * (sum - 1.0).max(0.0)
-        },
-    )
+    let square = f64::from(sums.second.row(atom)[atom]) / mass;
+    let mean = f64::from(sums.first[atom]) / mass;
+    0.5 * square * distance + penalty * mean * (sum - 1.0).max(0.0)
 }
 
 /// Squared distance of an atom from what the others make of it, and the sum of their codes.
-fn stand_in(free: &Coder, desk: &mut Desk, atom: usize) -> (f64, f64) {
+pub(crate) fn alone(free: &Coder, desk: &mut Desk, atom: usize) -> (f64, f64) {
     let row = free.gram.row(atom);
     desk.slopes.copy_from_slice(row);
     free.code_without(desk, atom);

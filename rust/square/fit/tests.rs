@@ -6,11 +6,11 @@ fn params(atoms: &[usize], dictionary_size: f64) -> SquareParams {
     SquareParams {
         atoms: atoms.to_vec(),
         dictionary_size,
-        sparsity: 30.0,
+        sparsity: 1.0,
         reconstruction: 300.0,
         passes: 6.0,
         batch: 0,
-        max_iterations: 50,
+        max_iterations: 60,
         tolerance: 1e-4,
         seed: 1,
         threads: 1,
@@ -32,6 +32,9 @@ fn sites(atom: &[Entry]) -> Vec<u32> {
 #[test]
 fn finds_the_groups_and_only_those() {
     let found = fit(params(&[14, 20], 1.0), &mut |_| true);
+    for r in &found.history {
+        eprintln!("{} {} {:?}", r.stage, r.iteration, r.terms);
+    }
     assert_eq!(found.stop, StopReason::Tolerance);
     let mut live: Vec<Vec<u32>> = found.levels[0]
         .atoms
