@@ -6,9 +6,9 @@ use pyo3::types::{PyDict, PyTuple};
 
 use crate::error::{Error, Result};
 use crate::parallel::Pool;
-use crate::py::square_rows::Held;
-use crate::py::{arrays, errors};
-use crate::square::{Encoding, checked_atoms, demand, encode, not_negative};
+use crate::py::errors;
+use crate::py::square_rows::{self, Held};
+use crate::square::{Encoding, demand, encode, not_negative};
 
 /// Coding settings as Python passes them.
 #[derive(FromPyObject)]
@@ -34,11 +34,9 @@ pub(crate) fn encode_square<'py>(
     let core = |error| errors::to_python(py, &error);
     let held = Held::new(rows)?;
     let sheet = held.sheet(n_sites)?;
-    let atoms = arrays::array::<f32>(atoms, "atoms")?;
-    let flat = arrays::view(&atoms, "atoms", 2)?;
+    let atoms = square_rows::atoms(atoms, n_sites)?;
     let codes = py
         .detach(|| {
-            let atoms = checked_atoms(flat, n_sites)?;
             let how = settings.checked(atoms.n_rows())?;
             Ok(encode(&sheet, &atoms, &how, &Pool::new(settings.threads)?))
         })

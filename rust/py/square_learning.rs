@@ -6,11 +6,9 @@ use pyo3::types::{PyDict, PyTuple};
 
 use crate::error::{Error, Result};
 use crate::parallel::Pool;
-use crate::py::square_rows::Held;
+use crate::py::square_rows::{self, Held};
 use crate::py::{arrays, errors};
-use crate::square::{
-    Learner, Matrix, Order, Running, Schedule, State, checked_atoms, demand, not_negative,
-};
+use crate::square::{Learner, Matrix, Order, Running, Schedule, State, demand, not_negative};
 
 /// Learning settings as Python passes them.
 #[derive(FromPyObject)]
@@ -83,17 +81,8 @@ impl LearnSettings {
 
 /// A state from `atoms` alone, or from everything that [`learn_square`] returned.
 fn entering(from: &Bound<PyDict>, n_sites: usize) -> PyResult<State> {
-    let core = |error| errors::to_python(from.py(), &error);
-    let flat: Vec<f32> = taken(from, "atoms", 2)?;
-    if flat.len() % n_sites.max(1) != 0 {
-        let expected = flat.len().next_multiple_of(n_sites.max(1));
-        return Err(core(Error::Length {
-            what: "atoms",
-            got: flat.len(),
-            expected,
-        }));
-    }
-    let mut state = State::new(checked_atoms(&flat, n_sites).map_err(core)?);
+    let atoms = from.as_any().get_item("atoms")?;
+    let mut state = State::new(square_rows::atoms(&atoms, n_sites)?);
     if from.contains("pull")? {
         restore(&mut state, from)?;
     }

@@ -1,10 +1,12 @@
 //! Sparse rows of the squared-error engine as they enter.
 
+use numpy::PyUntypedArrayMethods;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+use crate::error::Error;
 use crate::py::{arrays, errors};
-use crate::square::Sheet;
+use crate::square::{Matrix, Sheet, checked_atoms};
 
 /// The arrays of sparse rows, kept from changing while Rust reads them.
 pub(crate) struct Held<'py> {
@@ -35,4 +37,21 @@ impl<'py> Held<'py> {
         Sheet::new(starts, sites, values, n_sites)
             .map_err(|error| errors::to_python(self.py, &error))
     }
+}
+
+/// Atoms (`n_atoms`, `n_sites`), checked.
+pub(crate) fn atoms(argument: &Bound<PyAny>, n_sites: usize) -> PyResult<Matrix> {
+    let core = |error| errors::to_python(argument.py(), &error);
+    let array = arrays::array::<f32>(argument, "atoms")?;
+    let flat = arrays::view(&array, "atoms", 2)?;
+    let got = array.shape()[1];
+    if got != n_sites {
+        let what = "rows of atoms";
+        return Err(core(Error::Length {
+            what,
+            got,
+            expected: n_sites,
+        }));
+    }
+    checked_atoms(flat, n_sites).map_err(core)
 }

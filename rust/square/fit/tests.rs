@@ -32,9 +32,6 @@ fn sites(atom: &[Entry]) -> Vec<u32> {
 #[test]
 fn finds_the_groups_and_only_those() {
     let found = fit(params(&[14, 20], 1.0), &mut |_| true);
-    for r in &found.history {
-        eprintln!("{} {} {:?}", r.stage, r.iteration, r.terms);
-    }
     assert_eq!(found.stop, StopReason::Tolerance);
     let mut live: Vec<Vec<u32>> = found.levels[0]
         .atoms
