@@ -33,12 +33,12 @@ pub(crate) fn encode_square<'py>(
 ) -> PyResult<Bound<'py, PyDict>> {
     let core = |error| errors::to_python(py, &error);
     let held = Held::new(rows)?;
-    let sheet = held.sheet(n_sites)?;
+    let draft = held.draft(n_sites)?;
     let atoms = square_rows::atoms(atoms, n_sites)?;
     let codes = py
         .detach(|| {
             let how = settings.checked(atoms.n_rows())?;
-            Ok(encode(&sheet, &atoms, &how, &Pool::new(settings.threads)?))
+            encode(&draft, &atoms, &how, &Pool::new(settings.threads)?)
         })
         .map_err(core)?;
     let out = PyDict::new(py);

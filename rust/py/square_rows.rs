@@ -6,7 +6,7 @@ use pyo3::types::PyTuple;
 
 use crate::error::Error;
 use crate::py::{arrays, errors};
-use crate::square::{Matrix, Sheet, checked_atoms};
+use crate::square::{Draft, Matrix, Sheet, checked_atoms};
 
 /// The arrays of sparse rows, kept from changing while Rust reads them.
 pub(crate) struct Held<'py> {
@@ -29,13 +29,19 @@ impl<'py> Held<'py> {
         })
     }
 
-    /// The rows, checked.
-    pub fn sheet(&self, n_sites: usize) -> PyResult<Sheet<'_>> {
+    /// The rows, their entries not yet checked.
+    pub fn draft(&self, n_sites: usize) -> PyResult<Draft<'_>> {
         let starts = arrays::view(&self.starts, "indptr", 1)?;
         let sites = arrays::view(&self.sites, "sites", 1)?;
         let values = arrays::view(&self.values, "values", 1)?;
-        Sheet::new(starts, sites, values, n_sites)
+        Draft::new(starts, sites, values, n_sites)
             .map_err(|error| errors::to_python(self.py, &error))
+    }
+
+    /// The rows, checked.
+    pub fn sheet(&self, n_sites: usize) -> PyResult<Sheet<'_>> {
+        let checked = self.draft(n_sites)?.sheet();
+        checked.map_err(|error| errors::to_python(self.py, &error))
     }
 }
 

@@ -31,6 +31,7 @@ pub(crate) struct Coder {
     inverse: Aligned,
     /// Largest allowed code of each atom.
     caps: Aligned,
+    capped: bool,
     /// The number of each place, in the low bits of a float.
     marks: Aligned,
     /// Low bits of a float that hold a place.
@@ -68,6 +69,7 @@ impl Coder {
         let mut coder = Self {
             inverse: Aligned::filled(n, 0.0),
             caps: Aligned::filled(n, f32::INFINITY),
+            capped: false,
             marks: Aligned::filled(n, 0.0),
             low,
             penalty,
@@ -102,6 +104,7 @@ impl Coder {
     /// Sets the largest allowed codes.
     pub fn set_caps(&mut self, caps: &[f32]) {
         self.caps[..caps.len()].copy_from_slice(caps);
+        self.capped = true;
     }
 
     /// Codes a row from nothing; `desk.slopes` holds its correlations and then its slopes.
@@ -118,7 +121,11 @@ impl Coder {
 
     /// Codes a row starting from `desk.codes`, which must obey the caps.
     pub fn improve(&self, desk: &mut Desk) {
-        let largest = desk.slopes.iter().copied().fold(0.0, f32::max);
+        let penalty = self.penalty;
+        let largest = Arch::new().dispatch(Start {
+            slopes: &mut desk.slopes,
+            penalty,
+        });
         let limit = self.tolerance * self.penalty.max(FAINT * largest);
         let limit = limit.max(ROUNDING * largest);
         for atom in 0..self.n_atoms() {
@@ -126,9 +133,6 @@ impl Coder {
                 add_scaled(&mut desk.slopes, -desk.codes[atom], self.gram.row(atom));
             }
         }
-        desk.slopes
-            .iter_mut()
-            .for_each(|slope| *slope -= self.penalty);
         for _ in 0..ROUNDS {
             if Arch::new().dispatch(Greedy {
                 coder: self,
@@ -173,6 +177,27 @@ impl Coder {
     }
 }
 
+/// Takes the penalty from all correlations; returns the largest of them, at least 0.
+struct Start<'a> {
+    slopes: &'a mut [f32],
+    penalty: f32,
+}
+
+impl WithSimd for Start<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        let penalty = simd.splat_f32s(self.penalty);
+        let mut largest = simd.splat_f32s(0.0);
+        for slope in S::as_mut_simd_f32s(self.slopes).0 {
+            largest = simd.max_f32s(largest, *slope);
+            *slope = simd.sub_f32s(*slope, penalty);
+        }
+        simd.reduce_max_f32s(largest)
+    }
+}
+
 /// Greedy steps; true when no code would move further than `limit`.
 struct Greedy<'a> {
     coder: &'a Coder,
@@ -185,33 +210,47 @@ impl WithSimd for Greedy<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> bool {
-        let Self { coder, desk, limit } = self;
-        let (mut atom, mut step) = (0, 0.0);
-        let (mut steps, mut budget) = (0, STEPS);
-        while steps < budget {
-            let best = advance(simd, coder, desk, (atom, step)).to_bits();
-            if f32::from_bits(best & !coder.low) <= limit {
-                return true;
-            }
-            atom = (best & coder.low) as usize;
-            if desk.codes[atom] <= 0.0 {
-                budget += STEPS_EACH;
-            }
-            step = coder.step(&mut desk.codes, &desk.slopes, atom);
-            if step == 0.0 {
-                return true;
-            }
-            steps += 1;
+        if self.coder.capped {
+            descend::<S, true>(simd, self)
+        } else {
+            descend::<S, false>(simd, self)
         }
-        advance(simd, coder, desk, (atom, step));
-        false
     }
+}
+
+#[inline(always)]
+fn descend<S: Simd, const CAPPED: bool>(simd: S, greedy: Greedy) -> bool {
+    let Greedy { coder, desk, limit } = greedy;
+    let (mut atom, mut step) = (0, 0.0);
+    let (mut steps, mut budget) = (0, STEPS);
+    while steps < budget {
+        let best = advance::<S, CAPPED>(simd, coder, desk, (atom, step)).to_bits();
+        if f32::from_bits(best & !coder.low) <= limit {
+            return true;
+        }
+        atom = (best & coder.low) as usize;
+        if desk.codes[atom] <= 0.0 {
+            budget += STEPS_EACH;
+        }
+        step = coder.step(&mut desk.codes, &desk.slopes, atom);
+        if step == 0.0 {
+            return true;
+        }
+        steps += 1;
+    }
+    advance::<S, CAPPED>(simd, coder, desk, (atom, step));
+    false
 }
 
 /// Applies a step to all slopes and finds the longest next one: its length, with the atom's number
 /// in the low bits (so lengths are compared to 2^-14 for 512 atoms).
 #[inline(always)]
-fn advance<S: Simd>(simd: S, coder: &Coder, desk: &mut Desk, (atom, step): (usize, f32)) -> f32 {
+fn advance<S: Simd, const CAPPED: bool>(
+    simd: S,
+    coder: &Coder,
+    desk: &mut Desk,
+    (atom, step): (usize, f32),
+) -> f32 {
     let slopes = S::as_mut_simd_f32s(&mut desk.slopes).0;
     let n = slopes.len();
     let gram = &S::as_simd_f32s(coder.gram.row(atom)).0[..n];
@@ -221,17 +260,20 @@ fn advance<S: Simd>(simd: S, coder: &Coder, desk: &mut Desk, (atom, step): (usiz
     let marks = &S::as_simd_f32s(&coder.marks).0[..n];
     let high = simd.splat_f32s(f32::from_bits(!coder.low & 0x7FFF_FFFF));
     let back = simd.splat_f32s(-step);
-    let mut best = simd.splat_f32s(0.0);
+    // Two running maxima, so that one need not wait for the other.
+    let mut best = [simd.splat_f32s(0.0); 2];
     for at in 0..n {
         let slope = simd.mul_add_f32s(back, gram[at], slopes[at]);
         slopes[at] = slope;
         let free = simd.mul_f32s(slope, inverse[at]);
-        let down = simd.max_f32s(free, simd.neg_f32s(codes[at]));
-        let length = simd.min_f32s(down, simd.sub_f32s(caps[at], codes[at]));
+        let mut length = simd.max_f32s(free, simd.neg_f32s(codes[at]));
+        if CAPPED {
+            length = simd.min_f32s(length, simd.sub_f32s(caps[at], codes[at]));
+        }
         let marked = simd.or_f32s(simd.and_f32s(length, high), marks[at]);
-        best = simd.max_f32s(best, marked);
+        best[at % 2] = simd.max_f32s(best[at % 2], marked);
     }
-    simd.reduce_max_f32s(best)
+    simd.reduce_max_f32s(simd.max_f32s(best[0], best[1]))
 }
 
 #[cfg(test)]

@@ -3,11 +3,11 @@
 use crate::error::{Error, Result};
 use crate::parallel::Pool;
 use crate::square::coder::{Coder, Desk};
-use crate::square::correlate::{Correlator, gram};
+use crate::square::correlate::{Block, Correlator, gram};
 use crate::square::gap::Gap;
 use crate::square::matrix::Matrix;
 use crate::square::panels::Panels;
-use crate::square::sheet::Sheet;
+use crate::square::sheet::Draft;
 use crate::square::thin::BLOCK;
 
 /// How rows are coded.
@@ -93,8 +93,11 @@ pub(crate) fn checked_atoms(flat: &[f32], n_sites: usize) -> Result<Matrix> {
 }
 
 /// Codes of all rows; the same for any number of threads.
-pub(crate) fn encode(sheet: &Sheet, atoms: &Matrix, how: &Encoding, pool: &Pool) -> Codes {
-    let correlator = Correlator::new(atoms, sheet.density());
+///
+/// # Errors
+/// Entries of a row that may not be there, as for [`Draft::sheet`].
+pub(crate) fn encode(draft: &Draft, atoms: &Matrix, how: &Encoding, pool: &Pool) -> Result<Codes> {
+    let correlator = Correlator::new(atoms, draft.density());
     let gram = match &correlator {
         Correlator::Dense(panels) | Correlator::SparseRows(panels) => gram(atoms, panels),
         Correlator::SparseAtoms(_) => gram(atoms, &Panels::new(atoms)),
@@ -103,31 +106,30 @@ pub(crate) fn encode(sheet: &Sheet, atoms: &Matrix, how: &Encoding, pool: &Pool)
     if let Some(caps) = &how.caps {
         coder.set_caps(caps);
     }
-    let n_atoms = atoms.n_rows();
+    let (n_rows, n_atoms) = (draft.len(), atoms.n_rows());
     let desk = || {
-        let block = correlator.block(sheet.n_sites(), n_atoms);
-        (block, Desk::new(n_atoms), Gap::new(sheet.n_sites()))
+        let block = correlator.block(draft.n_sites(), n_atoms);
+        (block, Desk::new(n_atoms), Gap::new(draft.n_sites()))
     };
-    let parts = pool.map(
-        sheet.len().div_ceil(BLOCK),
-        desk,
-        |(block, desk, gap), at| {
-            let rows = at * BLOCK..((at + 1) * BLOCK).min(sheet.len());
-            correlator.correlate(sheet, rows.clone(), block);
-            let mut codes = Codes::new();
-            for row in rows.clone() {
-                block.products(row - rows.start, &mut desk.slopes, n_atoms);
-                coder.code(desk);
-                codes.push(&desk.codes[..n_atoms]);
-                if how.gap {
-                    let found = gap.of(sheet.row(row), atoms, &desk.codes, how.penalty);
-                    codes.gaps.push(found);
-                }
+    let each = |(block, desk, gap): &mut (Block, Desk, Gap), at: usize| {
+        let rows = at * BLOCK..((at + 1) * BLOCK).min(n_rows);
+        let sheet = draft.rows(rows.clone())?;
+        correlator.correlate(&sheet, rows.clone(), block);
+        let mut codes = Codes::new();
+        for row in rows.clone() {
+            block.products(row - rows.start, &mut desk.slopes, n_atoms);
+            coder.code(desk);
+            codes.push(&desk.codes[..n_atoms]);
+            if how.gap {
+                let found = gap.of(sheet.row(row), atoms, &desk.codes, how.penalty);
+                codes.gaps.push(found);
             }
-            codes
-        },
-    );
+        }
+        Ok(codes)
+    };
     let mut all = Codes::new();
-    parts.iter().for_each(|part| all.extend(part));
-    all
+    for part in pool.map(n_rows.div_ceil(BLOCK), desk, each) {
+        all.extend(&part?);
+    }
+    Ok(all)
 }

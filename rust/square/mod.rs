@@ -37,4 +37,4 @@ pub(crate) use learner::{Learner, Running, Schedule, State};
 pub(crate) use matrix::Matrix;
 pub(crate) use order::Order;
 pub(crate) use params::{SquareParams, demand, not_negative};
-pub(crate) use sheet::Sheet;
+pub(crate) use sheet::{Draft, Sheet};

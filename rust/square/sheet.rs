@@ -1,5 +1,7 @@
 //! Borrowed sparse rows, checked when they enter.
 
+use pulp::Arch;
+
 use crate::error::{Error, Result};
 
 /// Compressed sparse rows over sites: values finite and not negative, sites ascending.
@@ -13,12 +15,18 @@ pub(crate) struct Sheet<'a> {
     n_sites: usize,
 }
 
-impl<'a> Sheet<'a> {
-    /// Rows from compressed arrays.
+/// Rows whose entries are still to be checked.
+///
+/// Checking reads everything once; a reader that goes through the rows in order anyway does it
+/// block by block, while a block is in the cache.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Draft<'a>(Sheet<'a>);
+
+impl<'a> Draft<'a> {
+    /// Rows from compressed arrays whose lengths fit.
     ///
     /// # Errors
-    /// Empty input, lengths that do not fit, sites out of range or not ascending, values that are
-    /// negative or not finite.
+    /// Empty input, pointers that do not ascend, lengths that do not fit.
     pub fn new(
         starts: &'a [i64],
         sites: &'a [u32],
@@ -37,15 +45,60 @@ impl<'a> Sheet<'a> {
         if n_sites == 0 {
             return Err(Error::Empty { what: "sites" });
         }
-        check_values(values)?;
-        let sheet = Self {
+        Ok(Self(Sheet {
             starts,
             sites,
             values,
             n_sites,
-        };
-        sheet.check_sites()?;
-        Ok(sheet)
+        }))
+    }
+
+    /// All rows, checked.
+    ///
+    /// # Errors
+    /// Sites out of range or not ascending, values that are negative or not finite.
+    pub fn sheet(self) -> Result<Sheet<'a>> {
+        self.rows(0..self.len())
+    }
+
+    /// The same rows, of which these have been checked.
+    ///
+    /// # Errors
+    /// As for [`Self::sheet`].
+    pub fn rows(&self, rows: std::ops::Range<usize>) -> Result<Sheet<'a>> {
+        self.0.check_values(rows.clone())?;
+        self.0.check_sites(rows)?;
+        Ok(self.0)
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Number of sites.
+    pub fn n_sites(&self) -> usize {
+        self.0.n_sites()
+    }
+
+    /// Fraction of the entries that are stored.
+    pub fn density(&self) -> f64 {
+        self.0.density()
+    }
+}
+
+impl<'a> Sheet<'a> {
+    /// Rows from compressed arrays, checked.
+    ///
+    /// # Errors
+    /// As for [`Draft::new`] and [`Draft::sheet`].
+    pub fn new(
+        starts: &'a [i64],
+        sites: &'a [u32],
+        values: &'a [f32],
+        n_sites: usize,
+    ) -> Result<Self> {
+        Draft::new(starts, sites, values, n_sites)?.sheet()
     }
 
     /// Number of rows.
@@ -94,20 +147,32 @@ impl<'a> Sheet<'a> {
             .sum()
     }
 
-    fn check_sites(&self) -> Result<()> {
-        for row in 0..self.len() {
+    fn check_sites(&self, rows: std::ops::Range<usize>) -> Result<()> {
+        for row in rows {
             let sites = self.row(row).0;
-            let ascending = sites.iter().zip(&sites[1.min(sites.len())..]);
-            // Without an early way out this is a few vector instructions.
-            let bad = ascending.fold(false, |bad, (a, b)| bad | (a >= b));
             let outside = sites
                 .last()
                 .is_some_and(|&site| site as usize >= self.n_sites);
-            if bad || outside {
+            if outside || !Arch::new().dispatch(|| ascending(sites)) {
                 return Err(self.bad_site(row));
             }
         }
         Ok(())
+    }
+
+    fn check_values(&self, rows: std::ops::Range<usize>) -> Result<()> {
+        let from = self.starts[rows.start] as usize;
+        let values = &self.values[from..self.starts[rows.end] as usize];
+        if Arch::new().dispatch(|| all_good(values)) {
+            return Ok(());
+        }
+        let position = values.iter().position(|&value| !good(value)).unwrap_or(0);
+        Err(Error::Value {
+            what: "values",
+            got: values[position].to_string(),
+            position: from + position,
+            allowed: "finite and not negative",
+        })
     }
 
     fn bad_site(&self, row: usize) -> Error {
@@ -158,20 +223,21 @@ fn check_starts(starts: &[i64], n_entries: usize) -> Result<()> {
     Ok(())
 }
 
-fn check_values(values: &[f32]) -> Result<()> {
-    let good = |value: f32| (0.0..f32::INFINITY).contains(&value);
-    let all = values
-        .chunks(4096)
-        .all(|part| part.iter().fold(true, |all, &v| all & good(v)));
-    match values.iter().position(|&value| !all && !good(value)) {
-        None => Ok(()),
-        Some(position) => Err(Error::Value {
-            what: "values",
-            got: values[position].to_string(),
-            position,
-            allowed: "finite and not negative",
-        }),
-    }
+fn good(value: f32) -> bool {
+    (0.0..f32::INFINITY).contains(&value)
+}
+
+// Without an early way out these are a few vector instructions.
+
+#[inline(always)]
+fn all_good(values: &[f32]) -> bool {
+    values.iter().filter(|&&value| !good(value)).count() == 0
+}
+
+#[inline(always)]
+fn ascending(sites: &[u32]) -> bool {
+    let next = sites.get(1..).unwrap_or_default();
+    sites.iter().zip(next).filter(|(a, b)| a >= b).count() == 0
 }
 
 #[cfg(test)]
