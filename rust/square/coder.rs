@@ -251,29 +251,53 @@ fn advance<S: Simd, const CAPPED: bool>(
     desk: &mut Desk,
     (atom, step): (usize, f32),
 ) -> f32 {
-    let slopes = S::as_mut_simd_f32s(&mut desk.slopes).0;
-    let n = slopes.len();
-    let gram = &S::as_simd_f32s(coder.gram.row(atom)).0[..n];
-    let codes = &S::as_simd_f32s(&desk.codes).0[..n];
-    let inverse = &S::as_simd_f32s(&coder.inverse).0[..n];
-    let caps = &S::as_simd_f32s(&coder.caps).0[..n];
-    let marks = &S::as_simd_f32s(&coder.marks).0[..n];
-    let high = simd.splat_f32s(f32::from_bits(!coder.low & 0x7FFF_FFFF));
-    let back = simd.splat_f32s(-step);
+    let n = desk.slopes.len() / S::F32_LANES;
+    let mut view = View::<S> {
+        slopes: &mut S::as_mut_simd_f32s(&mut desk.slopes).0[..n],
+        gram: &S::as_simd_f32s(coder.gram.row(atom)).0[..n],
+        codes: &S::as_simd_f32s(&desk.codes).0[..n],
+        inverse: &S::as_simd_f32s(&coder.inverse).0[..n],
+        caps: &S::as_simd_f32s(&coder.caps).0[..n],
+        marks: &S::as_simd_f32s(&coder.marks).0[..n],
+        high: simd.splat_f32s(f32::from_bits(!coder.low & 0x7FFF_FFFF)),
+        back: simd.splat_f32s(-step),
+    };
     // Two running maxima, so that one need not wait for the other.
-    let mut best = [simd.splat_f32s(0.0); 2];
-    for at in 0..n {
-        let slope = simd.mul_add_f32s(back, gram[at], slopes[at]);
-        slopes[at] = slope;
-        let free = simd.mul_f32s(slope, inverse[at]);
-        let mut length = simd.max_f32s(free, simd.neg_f32s(codes[at]));
-        if CAPPED {
-            length = simd.min_f32s(length, simd.sub_f32s(caps[at], codes[at]));
-        }
-        let marked = simd.or_f32s(simd.and_f32s(length, high), marks[at]);
-        best[at % 2] = simd.max_f32s(best[at % 2], marked);
+    let mut even = simd.splat_f32s(0.0);
+    let mut odd = even;
+    for at in 0..n / 2 {
+        even = simd.max_f32s(even, look::<S, CAPPED>(simd, &mut view, 2 * at));
+        odd = simd.max_f32s(odd, look::<S, CAPPED>(simd, &mut view, 2 * at + 1));
     }
-    simd.reduce_max_f32s(simd.max_f32s(best[0], best[1]))
+    if n % 2 == 1 {
+        even = simd.max_f32s(even, look::<S, CAPPED>(simd, &mut view, n - 1));
+    }
+    simd.reduce_max_f32s(simd.max_f32s(even, odd))
+}
+
+/// What a step goes through, in vectors.
+struct View<'a, S: Simd> {
+    slopes: &'a mut [S::f32s],
+    gram: &'a [S::f32s],
+    codes: &'a [S::f32s],
+    inverse: &'a [S::f32s],
+    caps: &'a [S::f32s],
+    marks: &'a [S::f32s],
+    high: S::f32s,
+    back: S::f32s,
+}
+
+/// Applies the step to one vector; how far its codes could move then, marked with their places.
+#[inline(always)]
+fn look<S: Simd, const CAPPED: bool>(simd: S, view: &mut View<S>, at: usize) -> S::f32s {
+    let slope = simd.mul_add_f32s(view.back, view.gram[at], view.slopes[at]);
+    view.slopes[at] = slope;
+    let free = simd.mul_f32s(slope, view.inverse[at]);
+    let mut length = simd.max_f32s(free, simd.neg_f32s(view.codes[at]));
+    if CAPPED {
+        length = simd.min_f32s(length, simd.sub_f32s(view.caps[at], view.codes[at]));
+    }
+    simd.or_f32s(simd.and_f32s(length, view.high), view.marks[at])
 }
 
 #[cfg(test)]

@@ -149,26 +149,41 @@ impl WithSimd for SparseRow<'_> {
 /// one sum need not wait for the other.
 #[inline(always)]
 fn gather<S: Simd, const V: usize>(simd: S, row: &SparseRow, column: usize) -> [S::f32s; V] {
-    let (panel, stride) = (row.panel.all(), row.panel.stride());
-    let mut sums = [[simd.splat_f32s(0.0); V]; 2];
-    let mut add = |which: usize, site: u32, value: f32| {
-        let at = site as usize * stride + column;
-        let line = &S::as_simd_f32s(&panel[at..at + V * S::F32_LANES]).0[..V];
-        let value = simd.splat_f32s(value);
-        for v in 0..V {
-            sums[which][v] = simd.mul_add_f32s(value, line[v], sums[which][v]);
-        }
-    };
+    let mut even = [simd.splat_f32s(0.0); V];
+    let mut odd = even;
     let (sites, last_site) = row.sites.as_chunks::<2>();
     let (values, last_value) = row.values.as_chunks::<2>();
     for (sites, values) in sites.iter().zip(values) {
-        add(0, sites[0], values[0]);
-        add(1, sites[1], values[1]);
+        even = add(simd, even, row.line::<S>(sites[0], column), values[0]);
+        odd = add(simd, odd, row.line::<S>(sites[1], column), values[1]);
     }
     for (&site, &value) in last_site.iter().zip(last_value) {
-        add(0, site, value);
+        even = add(simd, even, row.line::<S>(site, column), value);
     }
-    std::array::from_fn(|v| simd.add_f32s(sums[0][v], sums[1][v]))
+    std::array::from_fn(|v| simd.add_f32s(even[v], odd[v]))
+}
+
+impl SparseRow<'_> {
+    /// The panel's values at a site from some column.
+    #[inline(always)]
+    fn line<S: Simd>(&self, site: u32, column: usize) -> &[S::f32s] {
+        let (from, to) = (site as usize * self.panel.stride(), self.panel.stride());
+        S::as_simd_f32s(&self.panel.all()[from + column..from + to]).0
+    }
+}
+
+#[inline(always)]
+fn add<S: Simd, const V: usize>(
+    simd: S,
+    mut sums: [S::f32s; V],
+    line: &[S::f32s],
+    value: f32,
+) -> [S::f32s; V] {
+    let (value, line) = (simd.splat_f32s(value), &line[..V]);
+    for v in 0..V {
+        sums[v] = simd.mul_add_f32s(value, line[v], sums[v]);
+    }
+    sums
 }
 
 #[inline(always)]

@@ -64,21 +64,45 @@ impl WithSimd for OneAtom<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let step = WIDE * S::F32_LANES;
+        let (pairs, last) = self.sites.as_chunks::<2>();
+        let (values, last_value) = self.values.as_chunks::<2>();
         for column in (0..BLOCK).step_by(step) {
-            let mut sums = [[simd.splat_f32s(0.0); WIDE]; 2];
-            for (at, (&site, &value)) in self.sites.iter().zip(self.values).enumerate() {
-                let from = site as usize * BLOCK + column;
-                let rows = &S::as_simd_f32s(&self.block[from..from + step]).0[..WIDE];
-                let value = simd.splat_f32s(value);
-                let sums = &mut sums[at % 2];
-                for v in 0..WIDE {
-                    sums[v] = simd.mul_add_f32s(value, rows[v], sums[v]);
-                }
+            let mut even = [simd.splat_f32s(0.0); WIDE];
+            let mut odd = even;
+            for (sites, values) in pairs.iter().zip(values) {
+                even = add(simd, even, self.rows::<S>(sites[0], column), values[0]);
+                odd = add(simd, odd, self.rows::<S>(sites[1], column), values[1]);
+            }
+            for (&site, &value) in last.iter().zip(last_value) {
+                even = add(simd, even, self.rows::<S>(site, column), value);
             }
             let out = S::as_mut_simd_f32s(&mut self.out[column..column + step]).0;
             for v in 0..WIDE {
-                out[v] = simd.add_f32s(sums[0][v], sums[1][v]);
+                out[v] = simd.add_f32s(even[v], odd[v]);
             }
         }
     }
+}
+
+impl OneAtom<'_> {
+    /// Some rows' values at a site.
+    #[inline(always)]
+    fn rows<S: Simd>(&self, site: u32, column: usize) -> &[S::f32s] {
+        let from = site as usize * BLOCK + column;
+        &S::as_simd_f32s(&self.block[from..from + WIDE * S::F32_LANES]).0[..WIDE]
+    }
+}
+
+#[inline(always)]
+fn add<S: Simd>(
+    simd: S,
+    mut sums: [S::f32s; WIDE],
+    rows: &[S::f32s],
+    value: f32,
+) -> [S::f32s; WIDE] {
+    let value = simd.splat_f32s(value);
+    for v in 0..WIDE {
+        sums[v] = simd.mul_add_f32s(value, rows[v], sums[v]);
+    }
+    sums
 }
