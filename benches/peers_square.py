@@ -14,6 +14,7 @@ kernel; it is told what NumPy's own OpenBLAS has found, so that SPAMS runs at it
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+
 from routing_data import routing
 
 PENALTY = 0.5
@@ -62,7 +64,9 @@ def encode(rows, atoms, tolerance):
 
 def dense(found, n_atoms):
     codes = np.zeros((len(found["indptr"]) - 1, n_atoms), np.float32)
-    codes[np.repeat(np.arange(len(codes)), np.diff(found["indptr"])), found["atom"]] = found["value"]
+    codes[np.repeat(np.arange(len(codes)), np.diff(found["indptr"])), found["atom"]] = found[
+        "value"
+    ]
     return codes
 
 
@@ -136,7 +140,10 @@ def coding(options):
         matrix = np.asarray(matrix.todense() if hasattr(matrix, "todense") else matrix)
         costs[name] = objective(x[:judged], matrix[:judged], atoms)
     best = min(costs.values())
-    lines = ["| method | µs a row | rows/s | times ours | objective above best |", "|---|--:|--:|--:|--:|"]
+    lines = [
+        "| method | µs a row | rows/s | times ours | objective above best |",
+        "|---|--:|--:|--:|--:|",
+    ]
     medians = {name: statistics.median(times[1:]) for name, times in spent.items()}
     for name, each in medians.items():
         over, times = (costs[name] - best) / best, each / medians["ours"]
@@ -218,10 +225,8 @@ def learn_sklearn(x, start, budget):
         callback=callback,
     )
     clock["since"] = time.process_time()
-    try:
+    with contextlib.suppress(_Enough):
         model.fit(x.astype(np.float64))
-    except _Enough:
-        pass
     return shots
 
 
@@ -333,7 +338,9 @@ def main():
     if options.what == "child":
         return child(options)
     wanted = environment()
-    if any(os.environ.get(name) != wanted.get(name) for name in (*ENVIRONMENT, "OPENBLAS_CORETYPE")):
+    if any(
+        os.environ.get(name) != wanted.get(name) for name in (*ENVIRONMENT, "OPENBLAS_CORETYPE")
+    ):
         return subprocess.run([sys.executable, *sys.argv], check=True, env=wanted)
     text = "\n".join(coding(options) if options.what == "coding" else fit(options)) + "\n"
     print(text)

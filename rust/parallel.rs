@@ -58,11 +58,6 @@ impl Pool {
         }
     }
 
-    /// Number of workers.
-    pub fn threads(&self) -> usize {
-        self.0.current_num_threads()
-    }
-
     /// Sum of `each(desk, i)` over 0..n, by fixed chunks added in order.
     pub fn sum<D>(
         &self,

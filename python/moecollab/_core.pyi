@@ -159,9 +159,9 @@ def fit_square(
     The objective, for rows c of weight w (1/N at level 1, usage/N below), atoms d ≥ 0 of Euclidean
     norm at most 1 and codes r ≥ 0, is s Σᵢ max_c R[c,i] + Σ_c w_c (λ₁ Σᵢ R[c,i] + λ₂/2 |x_c − Σᵢ
     R[c,i] dᵢ|²). Level 1 is learned online (stage ``learn 1``: the terms of its records are those
-    of the rows since the last one, each coded with the atoms of its moment), then exact steps follow
-    (stages ``level 1``, ``level 2``, …, which never rise). `reconstruction` is half the squared
-    error.
+    of the rows since the last one, each coded with the atoms of its moment), then exact steps
+    follow (stages ``level 1``, ``level 2``, …, which never rise). `reconstruction` is half the
+    squared error.
 
     Parameters
     ----------

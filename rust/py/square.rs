@@ -24,6 +24,10 @@ pub(crate) struct EncodeSettings {
 
 /// Codes of sparse rows on fixed atoms, under squared error.
 #[pyfunction]
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "what Python passes is extracted"
+)]
 pub(crate) fn encode_square<'py>(
     py: Python<'py>,
     rows: &Bound<'py, PyTuple>,

@@ -28,6 +28,10 @@ pub(crate) struct LearnSettings {
 
 /// Atoms after some more batches of rows, with all that is needed to go on.
 #[pyfunction]
+#[allow(
+    clippy::needless_pass_by_value,
+    reason = "what Python passes is extracted"
+)]
 pub(crate) fn learn_square<'py>(
     py: Python<'py>,
     rows: &Bound<'py, PyTuple>,

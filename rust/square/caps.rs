@@ -1,7 +1,7 @@
 //! One atom's whole column of codes and its cap, jointly and exactly.
 //!
 //! Over the rows that use an atom the objective is `s m + sum_c w_c g/2 (min(u_c, m) - u_c)^2` up to
-//! a constant, with the cap m, the free optima u_c, and g = lambda 2 times the atom's squared norm.
+//! a constant, with the cap m, the free optima `u_c`, and g = lambda 2 times the atom's squared norm.
 //! It is convex in m; its slope `s - g sum_{u_c > m} w_c (u_c - m)` is zero at the best cap, and the
 //! atom is off when the slope is not negative at m = 0.
 

@@ -121,7 +121,7 @@ mod tests {
             .map(|i| if i % 3 == 0 { (i % 7) as f32 } else { 0.0 })
             .collect();
         let atoms = Matrix::from_flat(&flat, n_sites);
-        let starts: Vec<i64> = (0..=n_rows as i64).map(|row| row * 5).collect();
+        let starts: Vec<i64> = (0..=51_i64).map(|row| row * 5).collect();
         let sites: Vec<u32> = (0..n_rows as u32)
             .flat_map(|row| (0..5).map(move |i| row % 7 + 6 * i))
             .collect();

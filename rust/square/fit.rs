@@ -88,7 +88,7 @@ pub(crate) fn fit_square(
         usages.push(usage(&done, Some(&usages[at - 1])));
         levels.push(done);
     }
-    Ok(shop.finish(levels, usages))
+    Ok(shop.finish(&levels, usages))
 }
 
 impl Workshop<'_, '_> {
@@ -215,7 +215,7 @@ impl Workshop<'_, '_> {
     }
 
     /// The last record and everything as lists.
-    fn finish(mut self, levels: Vec<Done>, usages: Vec<Vec<f64>>) -> Fit {
+    fn finish(mut self, levels: &[Done], usages: Vec<Vec<f64>>) -> Fit {
         let terms = levels
             .iter()
             .map(|level| level.terms)

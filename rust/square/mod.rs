@@ -9,6 +9,11 @@
 //! With s = 0 it is plain non-negative sparse coding (Mairal et al. 2010). The rows enter the
 //! dictionary step only through A = sum R'R and B = sum R'X, kept as A and U = B - A D.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector instructions reach only what is inlined into a dispatched function"
+)]
+
 mod caps;
 mod coder;
 mod correlate;

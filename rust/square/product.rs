@@ -111,6 +111,10 @@ fn strip<S: Simd, const V: usize>(
 }
 
 #[inline(always)]
+#[allow(
+    clippy::needless_range_loop,
+    reason = "plain indices are what the compiler turns into registers"
+)]
 fn tile<S: Simd, const V: usize>(
     simd: S,
     a: [&[f32]; ROWS],
@@ -165,6 +169,16 @@ impl WithSimd for AddScaled<'_> {
 /// Sum of squares, in float32 lanes.
 pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
     Arch::new().dispatch(Squares(x))
+}
+
+/// Scales values to Euclidean norm 1, unless all are zero.
+pub(crate) fn to_norm_one(values: &mut [f32]) {
+    let norm = sum_of_squares(values).sqrt();
+    if norm > 0.0 {
+        for value in values {
+            *value /= norm;
+        }
+    }
 }
 
 struct Squares<'a>(&'a [f32]);

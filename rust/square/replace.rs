@@ -3,14 +3,14 @@
 //! Coordinate steps cannot leave a dictionary that holds an atom twice, or two atoms and their sum,
 //! while another is missing. What an atom is worth is estimated from the sums: coded by the others
 //! (no penalty), it leaves the distance t and needs codes of sum q; without it the objective rises
-//! by about `1/2 A_kk t^2 + penalty m_k (q - 1)` per row, m_k being its mean code. What a residual is
+//! by about `1/2 A_kk t^2 + penalty m_k (q - 1)` per row, `m_k` its mean code. What a residual is
 //! worth as a new atom is measured on the other rows of the batch.
 
 use crate::parallel::Pool;
 use crate::square::coder::{Coder, Desk};
 use crate::square::matrix::Matrix;
 use crate::square::panels::Panels;
-use crate::square::product::{Side, sum_of_squares};
+use crate::square::product::{Side, to_norm_one};
 use crate::square::slot::Slot;
 use crate::square::statistics::Statistics;
 
@@ -88,8 +88,8 @@ pub(crate) fn newcomers(slots: &[Slot], count: usize, penalty: f32) -> Vec<(f64,
             fresh.row(new)[..fresh.width()].to_vec(),
         ));
         open[new] = false;
-        for row in 0..n_rows {
-            open[row] &= products.row(row)[new] <= penalty;
+        for (row, open) in open.iter_mut().enumerate() {
+            *open &= products.row(row)[new] <= penalty;
         }
     }
     found
@@ -109,13 +109,10 @@ fn residuals(slots: &[Slot]) -> Option<(Matrix, Matrix)> {
     for (at, row) in rows.iter().enumerate() {
         rests.row_mut(at).copy_from_slice(row);
         let out = fresh.row_mut(at);
-        out.iter_mut()
-            .zip(*row)
-            .for_each(|(out, &rest)| *out = rest.max(0.0));
-        let norm = sum_of_squares(out).sqrt();
-        if norm > 0.0 {
-            out.iter_mut().for_each(|value| *value /= norm);
+        for (out, &rest) in out.iter_mut().zip(*row) {
+            *out = rest.max(0.0);
         }
+        to_norm_one(out);
     }
     Some((rests, fresh))
 }

@@ -2,7 +2,7 @@
 
 use crate::rng::Rng;
 use crate::square::matrix::Matrix;
-use crate::square::product::sum_of_squares;
+use crate::square::product::{sum_of_squares, to_norm_one};
 use crate::square::sheet::Sheet;
 
 /// Parts smaller than this fraction of their row's norm are not worth an atom.
@@ -63,25 +63,20 @@ fn split(rows: &Matrix, row: usize, others: &[usize]) -> Vec<Vec<f32>> {
             .map(|(a, b)| a.min(*b))
             .collect()
     };
-    let size = |&other: &usize| sum_of_squares(&shared(other));
     let others = others.iter().copied().filter(|&other| other != row);
-    let nearest = others.max_by(|a, b| size(a).total_cmp(&size(b)).then(b.cmp(a)));
-    let common = nearest.map_or_else(|| vec![0.0; own.len()], shared);
+    let sizes = others.map(|other| (sum_of_squares(&shared(other)), other));
+    let nearest = sizes.max_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+    let common = nearest.map_or_else(|| vec![0.0; own.len()], |(_, other)| shared(other));
     let rest = own.iter().zip(&common).map(|(a, b)| a - b).collect();
     let least = SMALL * SMALL * sum_of_squares(own);
     let mut found: Vec<Vec<f32>> = [common, rest]
         .into_iter()
         .filter(|part| sum_of_squares(part) > least)
         .collect();
-    found.iter_mut().for_each(|part| to_norm_one(part));
-    found
-}
-
-fn to_norm_one(values: &mut [f32]) {
-    let norm = sum_of_squares(values).sqrt();
-    if norm > 0.0 {
-        values.iter_mut().for_each(|value| *value /= norm);
+    for part in &mut found {
+        to_norm_one(part);
     }
+    found
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {

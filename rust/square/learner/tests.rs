@@ -37,7 +37,9 @@ fn first_rows(sheet: &Sheet, count: usize) -> Matrix {
         let norm = sheet.square(atom).sqrt() as f32;
         let mut row = vec![0.0; sheet.n_sites()];
         sheet.spread(atom, &mut row);
-        row.iter_mut().for_each(|value| *value /= norm);
+        for value in &mut row {
+            *value /= norm;
+        }
         atoms.row_mut(atom)[..row.len()].copy_from_slice(&row);
     }
     atoms
@@ -108,7 +110,7 @@ fn a_dropped_atom_leaves_no_trace() {
     learner.learn(&sheet, 1, &Pool::new(1).unwrap());
     let mut state = learner.into_state();
     let before = state.sums.clone();
-    state.sums.drop_atom(2, &state.atoms.row(2).to_vec());
+    state.sums.drop_atom(2, state.atoms.row(2));
     for atom in (0..6).filter(|&atom| atom != 2) {
         for site in 0..40 {
             let back = before.second.row(atom)[2] * state.atoms.row(2)[site];

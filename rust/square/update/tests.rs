@@ -1,3 +1,5 @@
+#![allow(clippy::needless_range_loop, reason = "slow twins are plain loops")]
+
 use super::*;
 use proptest::prelude::*;
 
