@@ -34,6 +34,10 @@ mod single;
 mod stage;
 mod update;
 
+#[cfg_attr(
+    not(feature = "python"),
+    allow(dead_code, unused_imports, reason = "only Python opens this room")
+)]
 mod square;
 
 #[cfg(feature = "python")]

@@ -110,7 +110,8 @@ impl Coder {
     /// Codes a row from nothing; `desk.slopes` holds its correlations and then its slopes.
     pub fn code(&self, desk: &mut Desk) {
         desk.codes.fill(0.0);
-        self.improve(desk);
+        let limit = self.start(desk);
+        self.settle(desk, limit);
     }
 
     /// Codes a row from nothing and without one atom.
@@ -121,24 +122,28 @@ impl Coder {
 
     /// Codes a row starting from `desk.codes`, which must obey the caps.
     pub fn improve(&self, desk: &mut Desk) {
-        let penalty = self.penalty;
-        let largest = Arch::new().dispatch(Start {
-            slopes: &mut desk.slopes,
-            penalty,
-        });
-        let limit = self.tolerance * self.penalty.max(FAINT * largest);
-        let limit = limit.max(ROUNDING * largest);
+        let limit = self.start(desk);
         for atom in 0..self.n_atoms() {
             if desk.codes[atom] != 0.0 {
                 add_scaled(&mut desk.slopes, -desk.codes[atom], self.gram.row(atom));
             }
         }
+        self.settle(desk, limit);
+    }
+
+    /// Turns correlations into slopes at zero codes; the step length that ends the row.
+    fn start(&self, desk: &mut Desk) -> f32 {
+        let penalty = self.penalty;
+        let slopes = &mut desk.slopes;
+        let largest = Arch::new().dispatch(Start { slopes, penalty });
+        let limit = self.tolerance * penalty.max(FAINT * largest);
+        limit.max(ROUNDING * largest)
+    }
+
+    fn settle(&self, desk: &mut Desk, limit: f32) {
         for _ in 0..ROUNDS {
-            if Arch::new().dispatch(Greedy {
-                coder: self,
-                desk,
-                limit,
-            }) {
+            let coder = self;
+            if Arch::new().dispatch(Greedy { coder, desk, limit }) {
                 return;
             }
             self.sweep(desk, limit);

@@ -76,11 +76,12 @@ impl Correlator {
                 }
             }
             Self::SparseAtoms(thin) => {
-                block.rows.fill(0.0);
+                let out: &mut [f32] = &mut block.rows;
+                out.fill(0.0);
                 for (at, row) in rows.enumerate() {
                     let (sites, values) = sheet.row(row);
                     for (&site, &value) in sites.iter().zip(values) {
-                        block.rows[site as usize * BLOCK + at] = value;
+                        out[site as usize * BLOCK + at] = value;
                     }
                 }
                 thin.correlate(&block.rows, &mut block.products);
@@ -93,8 +94,11 @@ impl Block {
     /// Correlations of one row of the block, into `out`; what pads it is left alone.
     pub fn products(&self, row: usize, out: &mut [f32], n_atoms: usize) {
         if self.transposed {
-            for (atom, out) in out[..n_atoms].iter_mut().enumerate() {
-                *out = self.products[atom * BLOCK + row];
+            for (out, rows) in out[..n_atoms]
+                .iter_mut()
+                .zip(self.products.chunks_exact(BLOCK))
+            {
+                *out = rows[row];
             }
         } else {
             out[..n_atoms].copy_from_slice(&self.products[row * self.stride..][..n_atoms]);

@@ -55,13 +55,18 @@ impl Codes {
 
     /// Adds a row of dense codes.
     pub fn push(&mut self, codes: &[f32]) {
+        let mut at = self.atoms.len();
+        // Every place is written and kept only if the code is not 0: no branch to guess wrongly.
+        self.atoms.resize(at + codes.len(), 0);
+        self.values.resize(at + codes.len(), 0.0);
         for (atom, &code) in codes.iter().enumerate() {
-            if code > 0.0 {
-                self.atoms.push(atom as u32);
-                self.values.push(code);
-            }
+            self.atoms[at] = atom as u32;
+            self.values[at] = code;
+            at += usize::from(code > 0.0);
         }
-        self.starts.push(self.atoms.len() as i64);
+        self.atoms.truncate(at);
+        self.values.truncate(at);
+        self.starts.push(at as i64);
     }
 
     /// Adds the rows of another set.
