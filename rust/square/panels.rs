@@ -227,4 +227,28 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn every_instruction_set_gives_the_same() {
+        let panels = Panels::new(&atoms(70, 9));
+        let (sites, values) = ([0, 2, 5, 6, 8], [1.0, 2.0, 3.0, 4.0, 5.0]);
+        for panel in &panels.panels {
+            let run = |scalar: bool| {
+                let mut out = vec![0.0; panel.stride()];
+                let row = SparseRow {
+                    sites: &sites,
+                    values: &values,
+                    panel,
+                    out: &mut out,
+                };
+                if scalar {
+                    row.with_simd(pulp::Scalar);
+                } else {
+                    Arch::new().dispatch(row);
+                }
+                out
+            };
+            assert_eq!(run(true), run(false));
+        }
+    }
 }

@@ -239,6 +239,34 @@ mod tests {
     }
 
     #[test]
+    fn every_instruction_set_gives_the_same() {
+        let values: Vec<f32> = (0..40 * 80).map(value).collect();
+        let (a, b) = (
+            Matrix::from_flat(&values[..7 * 40], 40),
+            Matrix::from_flat(&values, 80),
+        );
+        let run = |scalar: bool| {
+            let mut c = Matrix::zeros(7, 80);
+            let product = Product {
+                a: Side::new(a.all(), a.stride()),
+                b: Side::new(b.all(), b.stride()),
+                c_stride: c.stride(),
+                c: c.all_mut(),
+                n_rows: 7,
+                depth: 40,
+                width: 80,
+            };
+            if scalar {
+                product.with_simd(pulp::Scalar);
+            } else {
+                product.add();
+            }
+            c.flat()
+        };
+        assert_eq!(run(true), run(false));
+    }
+
+    #[test]
     fn scaled_sums_by_hand() {
         let mut y = vec![1.0; 19];
         let x: Vec<f32> = (0..19).map(|i| i as f32).collect();

@@ -106,3 +106,35 @@ fn add<S: Simd>(
     }
     sums
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pulp::Scalar;
+
+    #[test]
+    fn every_instruction_set_gives_the_same() {
+        let block: Vec<f32> = (0..9 * BLOCK).map(|i| (i % 13) as f32).collect();
+        let (sites, values) = ([0, 3, 4, 7, 8], [1.0, 2.0, 3.0, 4.0, 5.0]);
+        let run = |scalar: bool| {
+            let mut out = vec![0.0; BLOCK];
+            let one = OneAtom {
+                sites: &sites,
+                values: &values,
+                block: &block,
+                out: &mut out,
+            };
+            if scalar {
+                one.with_simd(Scalar)
+            } else {
+                Arch::new().dispatch(one)
+            }
+            out
+        };
+        assert_eq!(run(true), run(false));
+        let by_hand: f32 = (0..5)
+            .map(|i| values[i] * block[sites[i] as usize * BLOCK + 2])
+            .sum();
+        assert_eq!(run(true)[2].to_bits(), by_hand.to_bits());
+    }
+}

@@ -99,3 +99,28 @@ fn two_atoms_by_hand() {
     coder.code(&mut desk);
     assert!(desk.codes[..2].iter().all(|r| (r - 0.9375).abs() < 1e-5));
 }
+
+#[test]
+fn every_instruction_set_takes_the_same_steps() {
+    let atoms: Vec<f32> = (0..40 * 6).map(|i| ((i * 31) % 7) as f32 / 4.0).collect();
+    let coder = Coder::new(gram(&atoms, 6), 0.5, 1e-5);
+    let run = |scalar: bool| {
+        let mut desk = Desk::new(40);
+        load(&mut desk, &atoms, &[2.0, 1.0, 0.0, 3.0, 1.0, 1.0]);
+        let limit = coder.start(&mut desk);
+        let greedy = Greedy {
+            coder: &coder,
+            desk: &mut desk,
+            limit,
+        };
+        if scalar {
+            greedy.with_simd(pulp::Scalar);
+        } else {
+            Arch::new().dispatch(greedy);
+        }
+        desk.codes[..40].to_vec()
+    };
+    for (one, other) in run(true).iter().zip(run(false)) {
+        assert!((one - other).abs() < 1e-3);
+    }
+}
