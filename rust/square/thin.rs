@@ -125,9 +125,9 @@ mod tests {
                 out: &mut out,
             };
             if scalar {
-                one.with_simd(Scalar)
+                one.with_simd(Scalar);
             } else {
-                Arch::new().dispatch(one)
+                Arch::new().dispatch(one);
             }
             out
         };
