@@ -39,6 +39,11 @@ mod update;
 
 #[cfg(test)]
 mod fuzz;
+#[cfg_attr(
+    not(feature = "python"),
+    allow(dead_code, unused_imports, reason = "only Python opens this room")
+)]
+mod square;
 
 #[cfg(feature = "python")]
 mod py;

@@ -37,6 +37,27 @@ impl Pool {
         self.0.install(run)
     }
 
+    /// Runs everything inside on the workers, so that the calls within need no hand-over.
+    pub fn inside<T: Send>(&self, run: impl FnOnce() -> T + Send) -> T {
+        self.0.install(run)
+    }
+
+    /// `each(i, part)` for consecutive parts of `size` values; the last may be shorter.
+    pub fn parts<T: Send>(
+        &self,
+        values: &mut [T],
+        size: usize,
+        each: impl Fn(usize, &mut [T]) + Sync + Send,
+    ) {
+        if values.len() <= size || self.0.current_num_threads() == 1 {
+            let parts = values.chunks_mut(size).enumerate();
+            parts.for_each(|(i, part)| each(i, part));
+        } else {
+            let parts = values.par_chunks_mut(size).enumerate();
+            self.0.install(|| parts.for_each(|(i, part)| each(i, part)));
+        }
+    }
+
     /// Sum of `each(desk, i)` over 0..n, by fixed chunks added in order.
     pub fn sum<D>(
         &self,

@@ -6,7 +6,17 @@ from typing import TypedDict, type_check_only
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["caep_ranking", "count_sets", "encode", "fit_dictionary", "mine_pairs", "mine_sets"]
+__all__ = [
+    "caep_ranking",
+    "count_sets",
+    "encode",
+    "encode_square",
+    "fit_dictionary",
+    "fit_square",
+    "learn_square",
+    "mine_pairs",
+    "mine_sets",
+]
 
 @type_check_only
 class FitSettings(TypedDict):
@@ -58,6 +68,75 @@ class CaepRanking(TypedDict):
 
     step: NDArray[np.int64]
     contribution: NDArray[np.float64]
+
+@type_check_only
+class SquareSettings(TypedDict):
+    """What to fit under squared error and how long; every key is needed."""
+
+    atoms: Sequence[int]
+    dictionary_size: float
+    sparsity: float
+    reconstruction: float
+    passes: float
+    batch: int
+    max_iterations: int
+    tolerance: float
+    seed: int
+    threads: int
+
+@type_check_only
+class EncodeSettings(TypedDict):
+    """How rows are coded under squared error; every key is needed."""
+
+    sparsity: float
+    reconstruction: float
+    tolerance: float
+    caps: Sequence[float] | None
+    gap: bool
+    threads: int
+
+@type_check_only
+class LearnSettings(TypedDict):
+    """How the online learner draws batches and forgets; every key is needed."""
+
+    batches: int
+    batch: int
+    window: int
+    exponent: float
+    share: float
+    sparsity: float
+    reconstruction: float
+    tolerance: float
+    seed: int
+    threads: int
+
+@type_check_only
+class SquareCodes(TypedDict):
+    """Codes as compressed rows; `gap` float64 (n_rows,) if asked for."""
+
+    indptr: NDArray[np.int64]
+    atom: NDArray[np.uint32]
+    value: NDArray[np.float32]
+    gap: NDArray[np.float64] | None
+
+@type_check_only
+class LearnerState(TypedDict):
+    """Where the online learner stands; `atoms` float32 (n_atoms, n_sites) is the result so far."""
+
+    atoms: NDArray[np.float32]
+    second: NDArray[np.float32]
+    pull: NDArray[np.float32]
+    first: NDArray[np.float32]
+    scales: NDArray[np.float32]
+    counts: NDArray[np.uint64]
+    born: NDArray[np.uint64]
+    running: NDArray[np.float64]
+
+@type_check_only
+class LearnerStart(TypedDict):
+    """Atoms to start from, float32 (n_atoms, n_sites), of norm 1."""
+
+    atoms: NDArray[np.float32]
 
 def fit_dictionary(
     rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
@@ -216,3 +295,88 @@ def count_sets(
     threads: int,
 ) -> NDArray[np.uint32]:
     """How many rows hold all sites of each set (n_sets, size): array of shape (n_sets,)."""
+
+def fit_square(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    n_sites: int,
+    settings: SquareSettings,
+    watch: Callable[[HistoryRow], object],
+) -> Fit:
+    """Levels of atoms fitted to sparse rows under squared error.
+
+    The objective, for rows c of weight w (1/N at level 1, usage/N below), atoms d ≥ 0 of Euclidean
+    norm at most 1 and codes r ≥ 0, is s Σᵢ max_c R[c,i] + Σ_c w_c (λ₁ Σᵢ R[c,i] + λ₂/2 |x_c − Σᵢ
+    R[c,i] dᵢ|²). Level 1 is learned online (stage ``learn 1``: the terms of its records are those
+    of the rows since the last one, each coded with the atoms of its moment), then exact steps
+    follow (stages ``level 1``, ``level 2``, …, which never rise). `reconstruction` is half the
+    squared error.
+
+    Parameters
+    ----------
+    rows : tuple of arrays
+        As for :func:`fit_dictionary`; nothing is copied.
+    n_sites : int
+        Number of sites.
+    settings : SquareSettings
+        Atoms per level; s, λ₁, λ₂; passes of the online learner and rows of a batch (0: three
+        quarters of the number of atoms); limits of the exact steps; seed; threads (0: one per
+        processor).
+    watch : callable
+        As for :func:`fit_dictionary`.
+    """
+
+def encode_square(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    n_sites: int,
+    atoms: NDArray[np.float32],
+    settings: EncodeSettings,
+) -> SquareCodes:
+    """Codes of sparse rows on fixed atoms, under squared error.
+
+    Minimises λ₁/λ₂ Σᵢ rᵢ + ½|x − Σᵢ rᵢ dᵢ|² over 0 ≤ r ≤ cap for each row by itself.
+
+    Parameters
+    ----------
+    rows : tuple of arrays
+        As for :func:`fit_dictionary`; nothing is copied.
+    n_sites : int
+        Number of sites.
+    atoms : float32 array of shape (n_atoms, n_sites)
+        Atoms, finite and not negative. Where they or the rows are sparse, the zeros cost nothing.
+    settings : EncodeSettings
+        λ₁ and λ₂, of which only the ratio matters; a row is done when no code would move by more
+        than `tolerance` times that ratio; largest allowed code of each atom; whether to compute
+        each row's duality gap (which holds without caps); threads.
+    """
+
+def learn_square(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    n_sites: int,
+    state: LearnerStart | LearnerState,
+    settings: LearnSettings,
+) -> LearnerState:
+    """The state of the online learner after some more batches.
+
+    Rows are drawn without replacement, in an order of its own for every pass. A run that is cut
+    into several calls gives the same bytes as one call. Data larger than memory is passed piece by
+    piece, with as many batches as a piece has.
+
+    Parameters
+    ----------
+    rows : tuple of arrays
+        As for :func:`fit_dictionary`; nothing is copied.
+    n_sites : int
+        Number of sites.
+    state : dict
+        Atoms to start from, or what an earlier call returned.
+    settings : LearnSettings
+        Batches to do and rows of a batch; after i rows the first j weigh (j/i)^exponent, i at most
+        `window`; `share` of the atoms move in a batch; λ₁, λ₂; tolerance of the coder as for
+        :func:`encode_square`; seed; threads.
+
+    Returns
+    -------
+    dict
+        The next state; ``running``: rows of this call, the sum of their codes and of half their
+        squared errors, each with the atoms of its moment.
+    """

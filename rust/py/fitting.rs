@@ -73,7 +73,7 @@ pub(crate) fn fit_dictionary<'py>(
 }
 
 /// Shows a record; false when the user has pressed Ctrl-C.
-fn tell(watch: &Py<PyAny>, record: &Record) -> PyResult<bool> {
+pub(crate) fn tell(watch: &Py<PyAny>, record: &Record) -> PyResult<bool> {
     Python::attach(|py| {
         let told = watch
             .call1(py, (row(py, record)?,))
@@ -98,7 +98,12 @@ fn row<'py>(py: Python<'py>, record: &Record) -> PyResult<Bound<'py, PyDict>> {
     Ok(out)
 }
 
-fn plain<'py>(py: Python<'py>, fit: &Fit, n_sites: usize) -> PyResult<Bound<'py, PyDict>> {
+/// What a fit found, as a dictionary.
+pub(crate) fn plain<'py>(
+    py: Python<'py>,
+    fit: &Fit,
+    n_sites: usize,
+) -> PyResult<Bound<'py, PyDict>> {
     let out = PyDict::new(py);
     let history = fit.history.iter().map(|record| row(py, record));
     out.set_item(

@@ -5,6 +5,10 @@ mod encoding;
 mod errors;
 mod fitting;
 mod mining;
+mod square;
+mod square_fitting;
+mod square_learning;
+mod square_rows;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -22,6 +26,13 @@ mod _core {
     use super::fitting::fit_dictionary;
     #[pymodule_export]
     use super::mining::{count_sets, mine_pairs, mine_sets};
+
+    #[pymodule_export]
+    use super::square::encode_square;
+    #[pymodule_export]
+    use super::square_fitting::fit_square;
+    #[pymodule_export]
+    use super::square_learning::learn_square;
 }
 
 /// When each site falls in CAEP's loop, and what it contributed just before.

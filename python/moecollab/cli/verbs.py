@@ -80,8 +80,13 @@ def fit(  # noqa: PLR0913 (one parameter per option)
         str | None, typer.Option(help="Groups per level, coarse to fine: 64,128")
     ] = None,
     dictionary_size: Annotated[float, typer.Option(help="Weight of the number of groups")] = 1.0,
-    sparsity: Annotated[float, typer.Option(help="Weight of the code sparsity (lambda 1)")] = 300.0,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Weight of the code sparsity (lambda 1)")
+    ] = None,
     reconstruction: Annotated[float, typer.Option(help="Weight of the error (lambda 2)")] = 300.0,
+    loss: Annotated[
+        Literal["l1", "l2"], typer.Option(help="Absolute (the paper's) or squared errors")
+    ] = "l1",
     rows: Annotated[
         Literal["token", "sample", "sample_sum"], typer.Option(help="What a row is")
     ] = "token",
@@ -109,6 +114,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
         dictionary_size=dictionary_size,
         sparsity=sparsity,
         reconstruction=reconstruction,
+        loss=loss,
         rows=rows,
         weights=weights,
         max_iterations=max_iterations,

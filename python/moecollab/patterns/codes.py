@@ -50,6 +50,12 @@ class Codes:
         row = self.row.astype(np.uint32)
         return pl.DataFrame({"row": row, "atom": self.atom, "value": self.value})
 
+    def renamed(self, place: NDArray[np.uint32]) -> Codes:
+        """Codes whose atom `i` is called ``place[i]``, ascending within a row again."""
+        atom = place[self.atom]
+        order = np.lexsort((atom, self.row))
+        return Codes(self.indptr, atom[order], self.value[order])
+
     def matrix(self, n_atoms: int) -> Matrix:
         """The same as a float32 scipy.sparse.csr_array of shape (n_rows, n_atoms)."""
         from scipy.sparse import csr_array

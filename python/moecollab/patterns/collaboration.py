@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -229,6 +229,22 @@ class Collaboration:
             f"Collaboration({'; '.join(parts)}; {self.n_rows} rows × {self.n_sites} sites; "
             f"objective {self.objective:.4g}, stopped by {self.stop_reason})"
         )
+
+
+def by_use(levels: Sequence[Level]) -> tuple[tuple[Level, ...], NDArray[np.uint32]]:
+    """The same levels, the most used atoms first, and the new number of each atom of level 1."""
+    found: list[Level] = []
+    above: NDArray[np.int64] | None = None
+    for level in levels:
+        order = np.argsort(-level.usage, kind="stable")
+        links = level.links
+        if links is not None and above is not None:
+            links = np.ascontiguousarray(links[above][:, order])
+        found.append(Level(level.atoms[order], level.usage[order], level.peak[order], links))
+        above = order
+        if len(found) == 1:
+            place = np.argsort(order).astype(np.uint32)
+    return tuple(found), place
 
 
 def _strongest(level: int, parts: NDArray[np.float32] | None) -> list[tuple[int, int, float]]:

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moecollab.errors import ConvergenceWarning, DataError, SettingsError
 from moecollab.patterns.codes import Codes
 from moecollab.patterns.collaboration import Collaboration, Level
+from moecollab.patterns.engines import found_levels, run_engine
 from moecollab.patterns.estimator import Estimator
 from moecollab.patterns.storage import load_collaboration
 from moecollab.patterns.streaming import fit_streamed
@@ -27,10 +27,13 @@ from moecollab.record.rows import Matrix, Rows
 if TYPE_CHECKING:
     import polars as pl
 
-    from moecollab._core import Fit, FittedLevel, HistoryRow
+    from moecollab._core import Fit, HistoryRow
 
 __all__ = ["HSDL", "Codes", "Collaboration", "Level", "load_collaboration"]
 
+Loss: TypeAlias = Literal["l1", "l2"]
+SPARSITY = {"l1": 1.0, "l2": 0.1}
+"""λ₁ over λ₂ unless given."""
 ATOMS_PER_SITE = (0.3, 1.2)
 MOST_ATOMS = (512, 2048)
 SMALLEST = float(np.finfo(np.float64).tiny)
@@ -67,13 +70,18 @@ class HSDL(Estimator):
         most 512 and 2048 and no more than there are rows.
     dictionary_size : float
         Weight of the dictionary size, ≥ 0: 1 in the paper; at 0 no atom is switched off.
-    sparsity : float
-        λ₁ ≥ 0, weight of the code sums. An atom with m members pays in a row where more than
-        (m + λ₁/λ₂)/2 of them are active; with λ₁ = λ₂ a lone expert never pays, so that every atom
-        is a group.
+    sparsity : float, optional
+        λ₁ ≥ 0, weight of the code sums; λ₂ if not given, and λ₂/10 under squared error. An atom
+        with m members pays in a row where more than (m + λ₁/λ₂)/2 of them are active; with λ₁ = λ₂
+        a lone expert never pays, so that every atom is a group.
     reconstruction : float
         λ₂ > 0, weight of the errors. An atom is kept if the mean error it removes per row, times
         this, exceeds its largest code: with 300, if it nets one expert in 0.33% of the rows.
+    loss : {"l1", "l2"}
+        Absolute errors, as in the paper, or half squared ones: non-negative sparse coding with
+        atoms of Euclidean norm 1, learned online and settled by exact steps. Atoms are reported
+        with a largest entry of 1 all the same, codes inversely; the history is that of the
+        solver's own scale.
     rows : {"token", "sample", "sample_sum"}
         What a row of activations stands for: see :meth:`moecollab.Activations.rows`.
     weights : {"renormalised", "raw", "binary", "output"}
@@ -98,8 +106,9 @@ class HSDL(Estimator):
 
     atoms: tuple[int, ...] | None = None
     dictionary_size: float = 1.0
-    sparsity: float = 300.0
+    sparsity: float | None = None
     reconstruction: float = 300.0
+    loss: Loss = "l1"
     rows: Grain = "token"
     weights: Weights = "renormalised"
     max_iterations: int = 100
@@ -114,10 +123,12 @@ class HSDL(Estimator):
             _check_atoms(self.atoms)
         at_least = "a finite number of at least 0"
         _check_real("dictionary_size", self.dictionary_size, 0.0, at_least)
-        _check_real("sparsity", self.sparsity, 0.0, at_least)
+        if self.sparsity is not None:
+            _check_real("sparsity", self.sparsity, 0.0, at_least)
         _check_real("reconstruction", self.reconstruction, SMALLEST, "a finite number above 0")
         _check_real("tolerance", self.tolerance, 0.0, at_least)
-        for name, kinds in (("rows", get_args(Grain)), ("weights", get_args(Weights))):
+        words = {"rows": get_args(Grain), "weights": get_args(Weights), "loss": get_args(Loss)}
+        for name, kinds in words.items():
             if getattr(self, name) not in kinds:
                 raise SettingsError(name, getattr(self, name), f"one of {', '.join(kinds)}")
         _check_whole("max_iterations", self.max_iterations, 1)
@@ -170,12 +181,13 @@ class HSDL(Estimator):
             layers, n_experts, digest = (0,), matrix.n_sites, None
         n_rows = len(matrix.indptr) - 1
         atoms = self._atoms(n_rows, matrix.n_sites)
-        found = self._run(matrix, atoms)
-        settings = asdict(self) | {"atoms": list(atoms)}
+        settings = asdict(self) | {"atoms": list(atoms), "sparsity": self._sparsity()}
+        found = self._run(matrix, settings)
         del settings["threads"]
+        levels, codes = found_levels(found, self.loss)
         collab = Collaboration(
-            levels=_levels(found),
-            codes=_codes(found["levels"][0]),
+            levels=levels,
+            codes=codes,
             history=tuple(dict(row) for row in found["history"]),
             stop_reason=found["stop_reason"],
             layers=tuple(layers),
@@ -185,8 +197,17 @@ class HSDL(Estimator):
         )
         return self._noted(collab)
 
+    def _sparsity(self) -> float:
+        """λ₁ as given, or what goes with λ₂."""
+        if self.sparsity is not None:
+            return float(self.sparsity)
+        return float(self.reconstruction) * SPARSITY[self.loss]
+
     def _must_stream(self, acts: object) -> bool:
         large = isinstance(acts, Activations) and acts.n_tokens > self.rows_in_memory
+        if large and self.rows == "token" and self.loss == "l2":
+            allowed = "at least the number of tokens with loss='l2', which holds all rows"
+            raise SettingsError("rows_in_memory", self.rows_in_memory, allowed)
         return large and self.rows == "token"
 
     def _noted(self, collab: Collaboration) -> Collaboration:
@@ -250,9 +271,7 @@ class HSDL(Estimator):
             raise SettingsError("atoms", self.atoms, f"at most {n_rows} at level 1, one per row")
         return tuple(int(n_atoms) for n_atoms in self.atoms)
 
-    def _run(self, matrix: Rows, atoms: tuple[int, ...]) -> Fit:
-        from moecollab._core import fit_dictionary
-
+    def _run(self, matrix: Rows, settings: dict[str, Any]) -> Fit:
         with track("fit patterns") as bar:
 
             def watch(row: HistoryRow) -> None:
@@ -260,21 +279,7 @@ class HSDL(Estimator):
                 live = f"{row['live']} atoms in use"
                 bar.remark(f"{row['stage']}: objective {row['total']:.6g}, {live}")
 
-            return fit_dictionary(
-                (matrix.indptr, matrix.sites, matrix.values),
-                matrix.n_sites,
-                {
-                    "atoms": atoms,
-                    "dictionary_size": float(self.dictionary_size),
-                    "sparsity": float(self.sparsity),
-                    "reconstruction": float(self.reconstruction),
-                    "max_iterations": self.max_iterations,
-                    "tolerance": float(self.tolerance),
-                    "seed": self.seed,
-                    "threads": self.threads or 0,
-                },
-                watch,
-            )
+            return run_engine(matrix, settings, watch)
 
 
 def _check_atoms(atoms: object) -> None:
@@ -299,38 +304,6 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _levels(found: Fit) -> tuple[Level, ...]:
-    levels: list[Level] = []
-    for level in found["levels"]:
-        links = _dense(level, len(level["atoms"])) if levels else None
-        levels.append(
-            Level(
-                _frozen(level["atoms"]),
-                _frozen(level["usage"]),
-                _frozen(level["peak"]),
-                None if links is None else _frozen(links),
-            )
-        )
-    return tuple(levels)
-
-
-def _dense(level: FittedLevel, width: int) -> NDArray[np.float32]:
-    """Codes of a level as an array of shape (n_rows, width)."""
-    indptr = level["indptr"]
-    out = np.zeros((len(indptr) - 1, width), dtype=np.float32)
-    out[np.repeat(np.arange(len(indptr) - 1), np.diff(indptr)), level["atom"]] = level["value"]
-    return out
-
-
-def _codes(level: FittedLevel) -> Codes:
-    return Codes(*(_frozen(array) for array in (level["indptr"], level["atom"], level["value"])))
-
-
-def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    array.flags.writeable = False
-    return array
 
 
 def _warning(collab: Collaboration, tolerance: float) -> str:

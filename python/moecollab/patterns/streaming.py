@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -26,7 +26,7 @@ from moecollab.errors import ConvergenceWarning, StaleInputError
 from moecollab.manifest import MANIFEST, read_json, write_bytes, write_json
 from moecollab.patterns.code_file import read_codes, write_codes
 from moecollab.patterns.codes import Codes
-from moecollab.patterns.collaboration import Collaboration, Level
+from moecollab.patterns.collaboration import Collaboration, Level, by_use
 from moecollab.patterns.storage import load_collaboration
 from moecollab.patterns.transform import absolute_error
 from moecollab.progress import track
@@ -65,7 +65,7 @@ def fit_streamed(hsdl: HSDL, acts: Activations, checkpoint: Path | None) -> Coll
         if sampled.stop_reason == "interrupted":
             return sampled
         paths = _code_all(hsdl, acts, sampled, folder)
-        return _assemble(hsdl, acts, sampled, (paths, folder))
+        return _assemble(acts, sampled, (paths, folder))
 
 
 @contextmanager
@@ -167,19 +167,18 @@ def _unpack(path: Path) -> tuple[Codes, Sums]:
 
 
 def _assemble(
-    hsdl: HSDL, acts: Activations, sampled: Collaboration, where: tuple[list[Path], Path]
+    acts: Activations, sampled: Collaboration, where: tuple[list[Path], Path]
 ) -> Collaboration:
     """The sampled atoms with the use, the codes and the objective of all rows."""
     paths, folder = where
     total = _unpack(paths[0])[1]
     for path in paths[1:]:
         total = total.plus(_unpack(path)[1])
-    levels, orders = _levels(sampled.levels, total)
-    place = np.argsort(orders[0]).astype(np.uint32)
+    levels, place = by_use(_levels(sampled.levels, total))
     file = folder / "codes.safetensors"
-    write_codes(file, lambda: (_renamed(_unpack(path)[0], place) for path in paths))
+    write_codes(file, lambda: (_unpack(path)[0].renamed(place) for path in paths))
     history = [row | {"stage": f"sample, {row['stage']}"} for row in sampled.history[:-1]]
-    history.append(_final(hsdl, levels, total, acts.n_tokens))
+    history.append(_final(sampled.settings, levels, total, acts.n_tokens))
     return replace(
         sampled,
         levels=levels,
@@ -191,31 +190,18 @@ def _assemble(
     )
 
 
-def _levels(old: Sequence[Level], total: Sums) -> tuple[tuple[Level, ...], list[NDArray[np.int64]]]:
-    """Levels with their use over all rows, the most used atoms first again; and the new orders."""
-    levels: list[Level] = []
-    orders: list[NDArray[np.int64]] = []
-    usage, peak = total.usage, total.peak
-    for level in old:
-        links = level.links
-        if links is not None:
-            links = links[orders[-1]]
-            usage, peak = levels[-1].usage @ links.astype(np.float64), level.peak
-        order = np.argsort(-usage, kind="stable")
-        links = None if links is None else np.ascontiguousarray(links[:, order])
-        levels.append(Level(level.atoms[order], usage[order], peak[order], links))
-        orders.append(order)
-    return tuple(levels), orders
+def _levels(old: Sequence[Level], total: Sums) -> tuple[Level, ...]:
+    """Levels with their use over all rows."""
+    levels = [replace(old[0], usage=total.usage, peak=total.peak)]
+    for level in old[1:]:
+        links = np.zeros((0, 0)) if level.links is None else level.links.astype(np.float64)
+        levels.append(replace(level, usage=levels[-1].usage @ links))
+    return tuple(levels)
 
 
-def _renamed(codes: Codes, place: NDArray[np.uint32]) -> Codes:
-    """Codes whose atoms have new numbers, ascending within a row again."""
-    atom = place[codes.atom]
-    order = np.lexsort((atom, codes.row))
-    return Codes(codes.indptr, atom[order], codes.value[order])
-
-
-def _final(hsdl: HSDL, levels: Sequence[Level], total: Sums, n_rows: int) -> dict[str, Any]:
+def _final(
+    settings: Mapping[str, Any], levels: Sequence[Level], total: Sums, n_rows: int
+) -> dict[str, Any]:
     """The objective over all rows: eqs. 4 to 7 with sums written out, in float64."""
     size, sparsity = float(levels[0].peak.sum()), total.code / n_rows
     error, use = total.error / n_rows, levels[0].usage / n_rows
@@ -226,7 +212,8 @@ def _final(hsdl: HSDL, levels: Sequence[Level], total: Sums, n_rows: int) -> dic
         sparsity += float(use @ links.sum(axis=1))
         error += float(use @ rest)
         use = links.sum(axis=0) / len(links)
-    weighted = hsdl.dictionary_size * size + hsdl.sparsity * sparsity + hsdl.reconstruction * error
+    weights = [settings[name] for name in ("dictionary_size", "sparsity", "reconstruction")]
+    weighted = float(np.dot(weights, (size, sparsity, error)))
     return {
         "stage": "final",
         "iteration": 0,

@@ -9,6 +9,7 @@ import numpy as np
 
 from moecollab.errors import SettingsError
 from moecollab.patterns.codes import Codes
+from moecollab.patterns.engines import code_block
 from moecollab.progress import track
 from moecollab.record.rows import Rows
 
@@ -54,15 +55,17 @@ def _rows(collab: Collaboration, acts: Activations) -> Rows:
 
 
 def _block(collab: Collaboration, rows: Rows, span: tuple[int, int], threads: int) -> Codes:
-    from moecollab._core import encode
-
     start, stop = span
-    first = collab.levels[0]
-    ratio = float(collab.settings["sparsity"]) / float(collab.settings["reconstruction"])
     pointers = rows.indptr[start : stop + 1]
     inside = slice(pointers[0], pointers[-1])
-    block = (pointers - pointers[0], rows.sites[inside], rows.values[inside])
-    return Codes(*encode(block, first.atoms, first.peak.astype(np.float32), ratio, threads))
+    block = Rows(
+        pointers - pointers[0],
+        rows.sites[inside],
+        rows.values[inside],
+        rows.sample[start:stop],
+        rows.n_sites,
+    )
+    return code_block(block, collab.levels[0], collab.settings, threads)
 
 
 def absolute_error(atoms: NDArray[np.float32], rows: Rows, codes: Codes) -> float:
