@@ -65,13 +65,16 @@ def table(trace, twin, best):
     return "\n".join(lines)
 
 
+def numbers(text):
+    """Whole numbers between commas."""
+    return tuple(int(number) for number in text.split(","))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int)
-    parser.add_argument(
-        "--atoms", type=lambda text: tuple(map(int, text.split(","))), default=(512, 2048)
-    )
+    parser.add_argument("--atoms", type=numbers, default=(512, 2048))
     parser.add_argument("--sparsity", type=float, default=300.0)
     parser.add_argument("--reconstruction", type=float, default=300.0)
     parser.add_argument("--epochs", type=int, default=2000)

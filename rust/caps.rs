@@ -12,7 +12,7 @@ use crate::params::Lambda;
 use crate::rows::Entry;
 
 /// Rows below which an atom is done by one worker.
-const ALONE: usize = 256;
+const ALONE: usize = 16;
 /// Codes of at least this fraction of the largest are near the cap.
 const NEAR: f32 = 0.5;
 
