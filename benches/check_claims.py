@@ -57,6 +57,7 @@ def hierarchy(rows):
     """A2 to A4 and A10: groups of two and three members, sizes by level, the size term."""
     hsdl = mc.HSDL(atoms=(128, 512))
     fit = hsdl.fit(rows)
+    shares = (0.01, 0.05, 0.1, 0.2)
     for size in (2, 3):
         mined = mc.mine(rows, size, n_experts=N_EXPERTS, null="none")
         sets = [
@@ -64,7 +65,7 @@ def hierarchy(rows):
             for level in fit.levels
             for atom in level.atoms[level.peak > 0]
         ]
-        table = mc.coverage(sets, mined, rows, shares=(0.01, 0.05, 0.1, 0.2, 0.5))
+        table = mc.coverage(sets, mined, rows, shares=shares)
         cells = ", ".join(
             f"{s:.0%}: {c:.2f}" for s, c in table["share", "coverage"].iter_rows() if c is not None
         )
