@@ -50,7 +50,9 @@ def sweep(  # noqa: PLR0913 (one parameter per option)
         acts = mc.load_activations(activations)
         found = hsdl.sweep(acts, seeds=seeds, held_out=held_out, **grid)
         found.write_parquet(folder / "sweep.parquet")
-        mc.sweep_figure(found).write_html(folder / "sweep.html", include_plotlyjs=True)
+        mc.sweep_figure(found).write_html(
+            folder / "sweep.html", include_plotlyjs=True, config={"displayModeBar": False}
+        )
     best = found.sort("held_out_error").row(0, named=True)
     chosen = ", ".join(f"{name} {best[name]}" for name in grid)
     typer.echo(
