@@ -30,7 +30,7 @@ impl Codebook {
                 expected,
             });
         }
-        check("atoms", atoms, |v| (0.0..=1.0).contains(&v), "in [0, 1]")?;
+        let lists = unit_atoms(atoms, n_sites)?;
         check("peak", caps, |v| v >= 0.0, "at least 0")?;
         if !(ratio.is_finite() && ratio >= 0.0) {
             return Err(Error::Setting {
@@ -39,7 +39,6 @@ impl Codebook {
                 allowed: "finite and at least 0".into(),
             });
         }
-        let lists = atoms.chunks(n_sites.max(1)).map(filled).collect();
         Ok(Self {
             dictionary: Dictionary::from_atoms(lists, n_sites),
             caps: caps.to_vec(),
@@ -53,15 +52,31 @@ impl Codebook {
     /// # Errors
     /// Rows over another number of sites, or threads that cannot be started.
     pub fn encode(&self, rows: &Rows, threads: usize) -> Result<Vec<Vec<Entry>>> {
-        let (got, expected) = (rows.n_sites(), self.dictionary.n_sites());
-        if got != expected {
-            return Err(Error::Length {
-                what: "sites",
-                got,
-                expected,
-            });
-        }
+        self.fits(self.caps.len(), rows.n_sites())?;
         Ok(self.codes(rows, &Pool::new(threads)?))
+    }
+
+    /// Whether it has so many atoms over so many sites.
+    ///
+    /// # Errors
+    /// It has not.
+    pub(crate) fn fits(&self, n_atoms: usize, n_sites: usize) -> Result<()> {
+        let found = (self.caps.len(), self.dictionary.n_sites());
+        for (what, got, expected) in [("start", found.0, n_atoms), ("sites", found.1, n_sites)] {
+            if got != expected {
+                return Err(Error::Length {
+                    what,
+                    got,
+                    expected,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The atoms and the largest code of each.
+    pub(crate) fn into_parts(self) -> (Dictionary, Vec<f32>) {
+        (self.dictionary, self.caps)
     }
 
     fn codes(&self, rows: &Rows, pool: &Pool) -> Lists {
@@ -75,6 +90,15 @@ impl Codebook {
             coder.improve(desk, rows.row(row), &[])
         })
     }
+}
+
+/// Row-major atoms over `n_sites` sites as lists.
+///
+/// # Errors
+/// Values outside [0, 1].
+pub(crate) fn unit_atoms(flat: &[f32], n_sites: usize) -> Result<Lists> {
+    check("atoms", flat, |v| (0.0..=1.0).contains(&v), "in [0, 1]")?;
+    Ok(flat.chunks(n_sites.max(1)).map(filled).collect())
 }
 
 fn filled(atom: &[f32]) -> Vec<Entry> {

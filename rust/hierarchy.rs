@@ -1,5 +1,6 @@
 //! The whole fit: level by level, then all levels together.
 
+use crate::encoding::Codebook;
 use crate::error::Result;
 use crate::level::{Level, Target};
 use crate::objective::{Terms, terms};
@@ -7,6 +8,7 @@ use crate::params::ValidParams;
 use crate::pieces::{Pieces, pieces};
 use crate::rows::{Entry, Lists, Rows, transpose};
 use crate::stage::{Record, StopReason, Watcher, Workshop};
+use crate::start::start_from;
 use crate::update::Pull;
 
 /// Rounds of joint fine-tuning; the usage weights are refreshed before each.
@@ -41,6 +43,25 @@ pub struct FittedLevel {
 /// # Errors
 /// The threads cannot be started.
 pub fn fit(rows: Rows, params: &ValidParams, watch: &mut Watcher) -> Result<Fit> {
+    fit_below(rows, params, None, watch)
+}
+
+/// The same with the atoms of level 1 given: rows are coded on them, finer levels are fitted to
+/// them, and then all levels are fitted together.
+///
+/// # Errors
+/// Another number of atoms or sites than the parameters and rows have; the threads cannot be
+/// started.
+pub fn fit_below(
+    rows: Rows,
+    params: &ValidParams,
+    start: Option<Codebook>,
+    watch: &mut Watcher,
+) -> Result<Fit> {
+    if let Some(start) = &start {
+        start.fits(params.atoms[0], rows.n_sites())?;
+    }
+    let mut start = start;
     let mut shop = Workshop::new(params, watch)?;
     let weight = vec![1.0 / rows.len() as f64; rows.len()];
     let nothing = rows.is_empty();
@@ -57,7 +78,10 @@ pub fn fit(rows: Rows, params: &ValidParams, watch: &mut Watcher) -> Result<Fit>
             start_from_pieces(&mut level, &pieces(above, &shop.pool, n_atoms));
         }
         if matches!(stop, StopReason::Tolerance | StopReason::MaxIterations) {
-            let reached = if at == 0 {
+            let reached = if let Some(book) = start.take() {
+                start_from(&mut level, &shop.pool, shop.lambda(), book.into_parts());
+                StopReason::Tolerance
+            } else if at == 0 {
                 shop.fit_first(&mut level)
             } else {
                 shop.fit_finer(&mut level, at + 1)

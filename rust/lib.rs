@@ -35,6 +35,7 @@ mod seeding;
 mod single;
 mod stage;
 mod start;
+mod step;
 mod update;
 
 #[cfg(test)]
@@ -51,7 +52,7 @@ mod py;
 pub use contribution::{Ranking, rank_contributions};
 pub use encoding::Codebook;
 pub use error::{Error, Result};
-pub use hierarchy::{Fit, FittedLevel, fit};
+pub use hierarchy::{Fit, FittedLevel, fit, fit_below};
 pub use mining::{
     Baskets, MinedPairs, MinedSets, MiningParams, Watch, count_sets, mine_pairs, mine_sets,
 };
@@ -59,3 +60,4 @@ pub use objective::Terms;
 pub use params::{Params, ValidParams};
 pub use rows::{Entry, Rows};
 pub use stage::{Record, StopReason};
+pub use step::{Given, step_atoms};

@@ -10,7 +10,7 @@ use crate::parallel::Pool;
 use crate::params::{Lambda, ValidParams};
 use crate::rng::Rng;
 use crate::seeding::grow;
-use crate::start::{sample, sample_sizes, start_from_level, start_from_rows};
+use crate::start::{sample, sample_sizes, start_from, start_from_rows};
 use crate::update::{Pull, update};
 
 /// One in this many atoms is exchanged at a time.
@@ -109,7 +109,12 @@ impl<'a, 'b> Workshop<'a, 'b> {
             let mut part = sample(level, n, &mut self.rng(1, n));
             let stop = self.fit_from(&mut part, known, &format!("level 1 on {n} rows"));
             if stop == StopReason::Interrupted {
-                start_from_level(level, &self.pool, self.lambda(), part);
+                start_from(
+                    level,
+                    &self.pool,
+                    self.lambda(),
+                    (part.dictionary, part.caps),
+                );
                 return stop;
             }
             known = Some(part);
@@ -121,7 +126,7 @@ impl<'a, 'b> Workshop<'a, 'b> {
     fn fit_from(&mut self, level: &mut Level, known: Option<Level>, stage: &str) -> StopReason {
         let lambda = self.lambda();
         if let Some(known) = known {
-            start_from_level(level, &self.pool, lambda, known);
+            start_from(level, &self.pool, lambda, (known.dictionary, known.caps));
             return self.descend(level, 1, (stage, 1.0), false);
         }
         let mut rng = self.rng(1, 0);

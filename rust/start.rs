@@ -5,6 +5,7 @@
 //! rows: all moves are tried there, and all rows only refine the result.
 
 use crate::coding::{Coder, Desk};
+use crate::dictionary::Dictionary;
 use crate::level::{Level, Target};
 use crate::parallel::Pool;
 use crate::params::Lambda;
@@ -54,14 +55,18 @@ pub(crate) fn start_from_rows(level: &mut Level, pool: &Pool, lambda: Lambda, rn
         };
         atoms[atom] = row.iter().map(scaled).collect();
     }
-    level.dictionary = crate::dictionary::Dictionary::from_atoms(atoms, level.dictionary.n_sites());
+    level.dictionary = Dictionary::from_atoms(atoms, level.dictionary.n_sites());
     code(level, pool, lambda);
 }
 
-/// Takes the atoms and caps of another level and codes all rows with them.
-pub(crate) fn start_from_level(level: &mut Level, pool: &Pool, lambda: Lambda, other: Level) {
-    level.dictionary = other.dictionary;
-    level.caps = other.caps;
+/// Takes given atoms and caps and codes all rows with them.
+pub(crate) fn start_from(
+    level: &mut Level,
+    pool: &Pool,
+    lambda: Lambda,
+    (dictionary, caps): (Dictionary, Vec<f32>),
+) {
+    (level.dictionary, level.caps) = (dictionary, caps);
     code(level, pool, lambda);
 }
 

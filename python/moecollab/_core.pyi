@@ -16,6 +16,9 @@ __all__ = [
     "learn_square",
     "mine_pairs",
     "mine_sets",
+    "step_atoms",
+    "step_square",
+    "sum_square",
 ]
 
 @type_check_only
@@ -379,4 +382,74 @@ def learn_square(
     dict
         The next state; ``running``: rows of this call, the sum of their codes and of half their
         squared errors, each with the atoms of its moment.
+    """
+
+@type_check_only
+class SquareShare(TypedDict):
+    """What rows add to the sums of :func:`step_square`; cost: Σ w r and Σ w ½|x − r D|²."""
+
+    second: NDArray[np.float32]
+    pull: NDArray[np.float32]
+    cost: NDArray[np.float64]
+
+def step_atoms(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    weight: NDArray[np.float64],
+    atoms: NDArray[np.float32],
+    codes: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    pull: tuple[NDArray[np.float64], NDArray[np.float32]] | None,
+    threads: int,
+) -> NDArray[np.float32]:
+    """Better atoms in [0, 1] for rows whose codes stay: float32 (n_atoms, n_sites).
+
+    Lowers Σ_c w_c |x_c − r_c D|₁ + Σᵢ pᵢ |dᵢ − tᵢ|₁ by exact steps of one entry after the other.
+
+    Parameters
+    ----------
+    rows : tuple of arrays
+        As for :func:`fit_dictionary`.
+    weight : float64 array of shape (n_rows,)
+        w, ≥ 0.
+    atoms : float32 array of shape (n_atoms, n_sites)
+        Where to start, in [0, 1].
+    codes : tuple of arrays
+        The rows' codes, compressed like rows, over atoms.
+    pull : tuple of arrays, or None
+        p float64 (n_atoms,) and t float32 (n_atoms, n_sites): where a finer level wants the atoms.
+    threads : int
+        Threads; 0 for one per processor. The result is the same for any number.
+    """
+
+def sum_square(
+    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    weight: NDArray[np.float64],
+    atoms: NDArray[np.float32],
+    codes: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    threads: int,
+) -> SquareShare:
+    """A = Σ w r'r (n_atoms, n_atoms) and U = Σ w r'(x − r D) (n_atoms, n_sites) of some rows.
+
+    Both add up over sets of rows that were coded on the same atoms. Parameters are those of
+    :func:`step_atoms`, with atoms ≥ 0.
+    """
+
+def step_square(
+    atoms: NDArray[np.float32],
+    second: NDArray[np.float32],
+    pull: NDArray[np.float32],
+    sweeps: int,
+    threads: int,
+) -> NDArray[np.float32]:
+    """Atoms of norm at most 1 after some sweeps of exact steps (Mairal et al. 2010, algorithm 2).
+
+    Parameters
+    ----------
+    atoms : float32 array of shape (n_atoms, n_sites)
+        Where to start, ≥ 0.
+    second, pull : float32 arrays
+        A and U, as :func:`sum_square` returns them.
+    sweeps : int
+        How often every atom is moved.
+    threads : int
+        Threads; 0 for one per processor.
     """

@@ -9,6 +9,7 @@ mod square;
 mod square_fitting;
 mod square_learning;
 mod square_rows;
+mod stepping;
 
 use numpy::PyArray1;
 use pyo3::prelude::*;
@@ -33,6 +34,8 @@ mod _core {
     use super::square_fitting::fit_square;
     #[pymodule_export]
     use super::square_learning::learn_square;
+    #[pymodule_export]
+    use super::stepping::{step_atoms, step_square, sum_square};
 }
 
 /// When each site falls in CAEP's loop, and what it contributed just before.

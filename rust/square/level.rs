@@ -61,7 +61,21 @@ impl<'a> Level<'a> {
     ) -> Self {
         let mut codes = Codes::new();
         codes.starts = vec![0; sheet.len() + 1];
-        let mut level = Self {
+        let mut level = Self::coded(sheet, row_weights, atoms, codes, weights);
+        level.recode(pool);
+        level.sum_up(pool);
+        level
+    }
+
+    /// Rows with given codes, nothing summed up yet.
+    pub fn coded(
+        sheet: Sheet<'a>,
+        row_weights: Vec<f64>,
+        atoms: Matrix,
+        codes: Codes,
+        weights: Weights,
+    ) -> Self {
+        Self {
             sums: Statistics::new(atoms.n_rows(), atoms.width()),
             peaks: vec![f32::INFINITY; atoms.n_rows()],
             terms: Terms::default(),
@@ -70,10 +84,13 @@ impl<'a> Level<'a> {
             atoms,
             codes,
             weights,
-        };
-        level.recode(pool);
-        level.sum_up(pool);
-        level
+        }
+    }
+
+    /// The weight in whose units the rows are summed.
+    pub fn largest_weight(&self) -> f64 {
+        let weights = self.row_weights.iter().copied();
+        weights.fold(0.0, f64::max).max(f64::MIN_POSITIVE)
     }
 
     /// One round of block steps.
@@ -234,12 +251,7 @@ impl<'a> Level<'a> {
 
     /// The sums of the present codes and the objective's terms.
     pub fn sum_up(&mut self, pool: &Pool) {
-        let largest = self
-            .row_weights
-            .iter()
-            .copied()
-            .fold(0.0, f64::max)
-            .max(f64::MIN_POSITIVE);
+        let largest = self.largest_weight();
         let relative: Vec<f64> = self
             .row_weights
             .iter()

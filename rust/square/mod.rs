@@ -33,13 +33,15 @@ mod seeding;
 mod sheet;
 mod slot;
 mod statistics;
+mod step;
 mod thin;
 mod update;
 
-pub(crate) use encode::{Encoding, checked_atoms, encode};
+pub(crate) use encode::{Codes, Encoding, checked_atoms, encode};
 pub(crate) use fit::fit_square;
 pub(crate) use learner::{Learner, Running, Schedule, State};
 pub(crate) use matrix::Matrix;
 pub(crate) use order::Order;
 pub(crate) use params::{SquareParams, demand, not_negative};
 pub(crate) use sheet::{Draft, Sheet};
+pub(crate) use step::{share, step_atoms};

@@ -56,6 +56,10 @@ class Codes:
         order = np.lexsort((atom, self.row))
         return Codes(self.indptr, atom[order], self.value[order])
 
+    def scaled(self, factor: NDArray[np.float64]) -> Codes:
+        """Codes of atom `i` times ``factor[i]``."""
+        return Codes(self.indptr, self.atom, (self.value * factor[self.atom]).astype(np.float32))
+
     def matrix(self, n_atoms: int) -> Matrix:
         """The same as a float32 scipy.sparse.csr_array of shape (n_rows, n_atoms)."""
         from scipy.sparse import csr_array

@@ -95,8 +95,9 @@ class HSDL(Estimator):
     threads : int, optional
         Threads; one per processor by default. The result is the same for any number.
     rows_in_memory : int
-        Token rows held at once, ≥ 1. Of more, the atoms are fitted to a sample of this size and
-        all rows are coded on them block by block, so that memory does not grow with the text.
+        Token rows held at once, ≥ 1. With more, the atoms are fitted to a sample of this size,
+        then passes go over all rows block by block, moving the atoms, until one gains less than
+        the tolerance: memory does not grow with the text.
 
     Examples
     --------
@@ -205,9 +206,6 @@ class HSDL(Estimator):
 
     def _must_stream(self, acts: object) -> bool:
         large = isinstance(acts, Activations) and acts.n_tokens > self.rows_in_memory
-        if large and self.rows == "token" and self.loss == "l2":
-            allowed = "at least the number of tokens with loss='l2', which holds all rows"
-            raise SettingsError("rows_in_memory", self.rows_in_memory, allowed)
         return large and self.rows == "token"
 
     def _noted(self, collab: Collaboration) -> Collaboration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,10 @@ from moecollab.patterns.collaboration import Level, by_use
 from moecollab.record.rows import Rows
 
 if TYPE_CHECKING:
-    from moecollab._core import Fit, FitSettings, FittedLevel, HistoryRow
+    from moecollab._core import EncodeSettings, Fit, FitSettings, FittedLevel, HistoryRow
 
+Capped: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float64]]
+"""Atoms (n_atoms, n_sites) and the largest allowed code of each (n_atoms,)."""
 PASSES = 8.0
 """Passes of the online learner over the rows at most; it ends when nothing is gained."""
 CODE_TOLERANCE = 1e-4
@@ -71,29 +73,40 @@ def found_levels(found: Fit, loss: str) -> tuple[tuple[Level, ...], Codes]:
 
 def code_block(rows: Rows, first: Level, settings: Mapping[str, Any], threads: int) -> Codes:
     """Codes of rows on the atoms of level 1, under the loss they were fitted with."""
-    from moecollab._core import encode, encode_square
-
-    arrays = (rows.indptr, rows.sites, rows.values)
     if settings["loss"] == "l1":
-        ratio = float(settings["sparsity"]) / float(settings["reconstruction"])
-        return Codes(*encode(arrays, first.atoms, first.peak.astype(np.float32), ratio, threads))
+        return absolute_codes(rows, (first.atoms, first.peak), settings, threads)
     length = np.linalg.norm(first.atoms.astype(np.float64), axis=1)
     length = np.where(length > 0, length, 1.0)
-    found = encode_square(
-        arrays,
-        rows.n_sites,
-        (first.atoms / length[:, None]).astype(np.float32),
-        {
-            "sparsity": float(settings["sparsity"]),
-            "reconstruction": float(settings["reconstruction"]),
-            "tolerance": CODE_TOLERANCE,
-            "caps": (first.peak * length).tolist(),
-            "gap": False,
-            "threads": threads,
-        },
-    )
-    value = (found["value"] / length[found["atom"]]).astype(np.float32)
-    return Codes(found["indptr"], found["atom"], value)
+    atoms = (first.atoms / length[:, None]).astype(np.float32)
+    codes = squared_codes(rows, (atoms, first.peak * length), settings, threads)
+    return codes.scaled(1 / length)
+
+
+def absolute_codes(rows: Rows, atoms: Capped, settings: Mapping[str, Any], threads: int) -> Codes:
+    """Codes of rows on atoms in [0, 1] under absolute error, at most the caps."""
+    from moecollab._core import encode
+
+    arrays, (given, caps) = (rows.indptr, rows.sites, rows.values), atoms
+    ratio = float(settings["sparsity"]) / float(settings["reconstruction"])
+    return Codes(*encode(arrays, given, caps.astype(np.float32), ratio, threads))
+
+
+def squared_codes(rows: Rows, atoms: Capped, settings: Mapping[str, Any], threads: int) -> Codes:
+    """Codes of rows on atoms of norm at most 1 under squared error, at most the caps."""
+    from moecollab._core import encode_square
+
+    given, caps = atoms
+    how: EncodeSettings = {
+        "sparsity": float(settings["sparsity"]),
+        "reconstruction": float(settings["reconstruction"]),
+        "tolerance": CODE_TOLERANCE,
+        "caps": caps.tolist(),
+        "gap": False,
+        "threads": threads,
+    }
+    arrays = (rows.indptr, rows.sites, rows.values)
+    found = encode_square(arrays, rows.n_sites, given, how)
+    return Codes(found["indptr"], found["atom"], found["value"])
 
 
 def _largest(atoms: NDArray[np.float32]) -> NDArray[np.float64]:

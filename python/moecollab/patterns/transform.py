@@ -68,11 +68,17 @@ def _block(collab: Collaboration, rows: Rows, span: tuple[int, int], threads: in
     return code_block(block, collab.levels[0], collab.settings, threads)
 
 
-def absolute_error(atoms: NDArray[np.float32], rows: Rows, codes: Codes) -> float:
+def absolute_error(
+    atoms: NDArray[np.float32],
+    rows: Rows,
+    codes: Codes,
+    weight: NDArray[np.float64] | None = None,
+) -> float:
     """Sum over rows and sites of the absolute difference between rows and codes times atoms."""
     matrix, error = codes.matrix(len(atoms)), 0.0
     for start in range(0, rows.n_rows, DENSE):
         block = np.arange(start, min(start + DENSE, rows.n_rows))
         rest = rows.take(block).dense() - matrix[block] @ atoms
-        error += float(np.abs(rest, dtype=np.float64).sum())
+        each = np.abs(rest, out=rest).sum(axis=1, dtype=np.float64)
+        error += float(each.sum() if weight is None else weight[block] @ each)
     return error
