@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::encoding::Codebook;
-use crate::py::arrays::{self, Compressed};
+use crate::py::arrays::{self, Compressed, Held};
 use crate::py::errors;
 
 /// Codes of sparse rows on fixed atoms, as compressed rows.
@@ -27,7 +27,7 @@ pub(crate) fn encode<'py>(
     );
     let n_sites = atoms.shape()[1];
     let book = Codebook::new(atoms_view, peak_view, n_sites, ratio).map_err(core)?;
-    let rows = arrays::rows(rows, n_sites)?;
+    let rows = Held::new(rows)?.rows(n_sites)?;
     let codes = py.detach(|| book.encode(&rows, threads)).map_err(core)?;
     Ok(arrays::compressed(py, &codes))
 }

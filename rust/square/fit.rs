@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::hierarchy::{Fit, FittedLevel};
 use crate::objective::Terms;
 use crate::parallel::Pool;
+use crate::params::check_size;
 use crate::rows::{Entry, Lists};
 use crate::square::encode::Codes;
 use crate::square::learner::{Learner, Running, Schedule, State};
@@ -49,12 +50,13 @@ struct Done {
 /// Fits the squared-error objective to rows; `watch` is told of every iteration.
 ///
 /// # Errors
-/// The threads cannot be started.
+/// More atoms than fit into memory, or threads that cannot be started.
 pub(crate) fn fit_square(
     sheet: Sheet,
     params: &ValidSquareParams,
     watch: &mut Watcher,
 ) -> Result<Fit> {
+    check_size(&params.atoms, sheet.n_sites())?;
     let stop = if sheet.is_zero() {
         StopReason::NothingToFit
     } else {

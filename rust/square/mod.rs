@@ -20,6 +20,8 @@ mod correlate;
 mod drop;
 mod encode;
 mod fit;
+#[cfg(test)]
+mod fuzz;
 mod gap;
 mod learner;
 mod level;
@@ -36,10 +38,10 @@ mod statistics;
 mod thin;
 mod update;
 
-pub(crate) use encode::{Encoding, checked_atoms, encode};
+pub(crate) use encode::{checked_atoms, encode};
 pub(crate) use fit::fit_square;
-pub(crate) use learner::{Learner, Running, Schedule, State};
+pub(crate) use learner::{Learner, Running, State};
 pub(crate) use matrix::Matrix;
 pub(crate) use order::Order;
-pub(crate) use params::{SquareParams, demand, not_negative};
+pub(crate) use params::{EncodeParams, LearnParams, SquareParams};
 pub(crate) use sheet::{Draft, Sheet};
