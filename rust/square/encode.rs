@@ -86,7 +86,15 @@ pub(crate) fn checked_atoms(flat: &[f32], n_sites: usize) -> Result<Matrix> {
     if flat.is_empty() || n_sites == 0 {
         return Err(Error::Empty { what: "atoms" });
     }
-    check_size(&[flat.len() / n_sites], n_sites)?;
+    let n_atoms = flat.len().div_ceil(n_sites);
+    check_size(&[n_atoms], n_sites)?;
+    if flat.len() != n_atoms * n_sites {
+        return Err(Error::Length {
+            what: "atoms",
+            got: flat.len(),
+            expected: n_atoms * n_sites,
+        });
+    }
     let bad = |value: &f32| !(0.0..=LARGEST).contains(value);
     match flat.iter().position(bad) {
         None => Ok(Matrix::from_flat(flat, n_sites)),
