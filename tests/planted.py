@@ -26,11 +26,7 @@ def planted(n_rows=400, n_layers=6, n_experts=16, n_groups=24, *, noise=0.0, see
 
 def as_rows(x):
     """Dense rows as sparse ones."""
-    row, site = np.nonzero(x)
-    indptr = np.concatenate(([0], np.cumsum((x > 0).sum(axis=1)))).astype(np.int64)
-    sample = np.arange(len(x), dtype=np.uint32)
-    values = np.ascontiguousarray(x[row, site], dtype=np.float32)
-    return Rows(indptr, site.astype(np.uint32), values, sample, x.shape[1])
+    return Rows.of(np.asarray(x, np.float32))
 
 
 def dense_codes(codes, n_atoms):

@@ -1,8 +1,5 @@
 """The squared-error engine through its boundary, against scikit-learn, scipy and slow twins."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +8,7 @@ from hypothesis import strategies as st
 from moecollab import _core
 from moecollab.errors import DataError, SettingsError, ShapeError
 from planted import as_rows, planted
+from real_routing import load_routing, routing_folder
 
 ENCODE = {
     "sparsity": 0.2,
@@ -44,8 +42,6 @@ FIT = {
     "seed": 0,
     "threads": 1,
 }
-SHARED = Path(os.environ.get("MOECOLLAB_SHARED", Path(__file__).parents[2] / "shared"))
-REAL = SHARED / "data" / "routing" / "deepseek-v2-lite" / "law.npz"
 
 
 def arrays(x):
@@ -253,15 +249,8 @@ def test_the_fit_names_the_bad_setting():
         fit(x, atoms=[])
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason=f"no routing data at {REAL}")
 def test_real_routing_is_explained_better_than_by_the_mean():
-    with np.load(REAL) as data:
-        ids = data["topk_ids"][:1500].astype(np.int64)
-        weights = data["topk_weights"][:1500].astype(np.float32)
-    n_tokens, n_layers, _ = ids.shape
-    x = np.zeros((n_tokens, n_layers * 64), np.float32)
-    sites = (ids + 64 * np.arange(n_layers)[None, :, None]).reshape(n_tokens, -1)
-    np.put_along_axis(x, sites, weights.reshape(n_tokens, -1), axis=1)
+    x = load_routing(routing_folder(), 1500).dense()
     found = fit(x, atoms=[48], dictionary_size=0.0, sparsity=15.0)
     assert found["stop_reason"] == "tolerance"
     error = 2 * found["history"][-1]["reconstruction"]

@@ -77,15 +77,13 @@ impl State {
         let late = |&rows: &u64| rows > self.seen;
         let scales = [self.sums.mass, self.sums.weight];
         let sums = |value: &f32| !value.is_finite();
+        let weights = |value: &f32| !value.is_finite() || *value < 0.0;
         let counts = [self.exchanged, self.seen, self.order.pass];
         let found = [
             ("second", self.sums.second.all().iter().position(sums)),
             ("pull", self.sums.pull.all().iter().position(sums)),
             ("first", self.sums.first.iter().position(sums)),
-            (
-                "scales",
-                scales.iter().position(|v| !v.is_finite() || *v < 0.0),
-            ),
+            ("scales", scales.iter().position(weights)),
             ("counts", counts.iter().position(|&count| count > MOST_ROWS)),
             ("counts", Some(1).filter(|_| late(&self.exchanged))),
             ("born", self.born.iter().position(late)),
