@@ -22,9 +22,9 @@ from sklearn.decomposition import NMF
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import moecollab as mc
-from real_routing import N_EXPERTS, TASKS, as_token_rows, read, routing_folder
 from moecollab.errors import ConvergenceWarning
 from moecollab.record.rows import Rows
+from real_routing import N_EXPERTS, TASKS, as_token_rows, read, routing_folder
 
 Atoms = np.ndarray  # (n_atoms, n_sites), the largest entry of each 1
 

@@ -74,9 +74,3 @@ def test_new_rows_reach_the_optimum_of_scikit_learn(x):
 def test_too_many_rows_for_memory_are_refused(acts):
     with pytest.raises(SettingsError, match="rows_in_memory is 100"):
         HSDL(atoms=(6,), loss="l2", rows_in_memory=100).fit(acts)
-
-
-def test_threads_change_nothing(x, collab):
-    twin = HSDL(atoms=(30, 40), loss="l2", reconstruction=100.0, threads=3).fit(as_rows(x[0]))
-    assert twin.history == collab.history
-    assert np.array_equal(twin.codes.value, collab.codes.value)

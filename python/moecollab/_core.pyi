@@ -1,7 +1,7 @@
 """Types of the Rust core; arrays in, plain dictionaries of arrays out."""
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict, type_check_only
+from typing import TypeAlias, TypedDict, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ __all__ = [
     "mine_pairs",
     "mine_sets",
 ]
+
+SparseRows: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]
+"""Row pointers int64 (n_rows + 1,), sites uint32 (nnz,) ascending within a row, values float32
+(nnz,), finite and not negative. Arrays are C-contiguous; `n_sites` is at most 2^24."""
 
 @type_check_only
 class FitSettings(TypedDict):
@@ -139,7 +143,7 @@ class LearnerStart(TypedDict):
     atoms: NDArray[np.float32]
 
 def fit_dictionary(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     settings: FitSettings,
     watch: Callable[[HistoryRow], object],
@@ -148,9 +152,8 @@ def fit_dictionary(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        Row pointers int64 (n_rows + 1,), sites uint32 (nnz,) ascending within a row, and values
-        float32 (nnz,) that are finite and not negative.
+    rows : SparseRows
+        What to fit.
     n_sites : int
         Number of sites.
     settings : FitSettings
@@ -161,7 +164,7 @@ def fit_dictionary(
     """
 
 def encode(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     atoms: NDArray[np.float32],
     peak: NDArray[np.float32],
     ratio: float,
@@ -171,9 +174,8 @@ def encode(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        Row pointers int64 (n_rows + 1,), sites uint32 (nnz,) ascending within a row, and values
-        float32 (nnz,) that are finite and not negative.
+    rows : SparseRows
+        What to code.
     atoms : float32 array of shape (n_atoms, n_sites)
         Atoms, in [0, 1].
     peak : float32 array of shape (n_atoms,)
@@ -248,7 +250,7 @@ class MinedSets(TypedDict):
     log10_p: NDArray[np.float64]
 
 def mine_pairs(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     strata: NDArray[np.uint32] | None,
     settings: MiningSettings,
@@ -258,8 +260,8 @@ def mine_pairs(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        As for `fit_dictionary`; a site is active where its value is above 0.
+    rows : SparseRows
+        A site is active where its value is above 0.
     n_sites : int
         Number of sites.
     strata : uint32 array of shape (n_rows,), or None
@@ -271,7 +273,7 @@ def mine_pairs(
     """
 
 def mine_sets(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     strata: NDArray[np.uint32] | None,
     settings: MiningSettings,
@@ -289,7 +291,7 @@ def mine_sets(
     """
 
 def count_sets(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     sets: NDArray[np.uint32],
     threads: int,
@@ -297,7 +299,7 @@ def count_sets(
     """How many rows hold all sites of each set (n_sets, size): array of shape (n_sets,)."""
 
 def fit_square(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     settings: SquareSettings,
     watch: Callable[[HistoryRow], object],
@@ -313,8 +315,8 @@ def fit_square(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        As for :func:`fit_dictionary`; nothing is copied.
+    rows : SparseRows
+        Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.
     settings : SquareSettings
@@ -326,7 +328,7 @@ def fit_square(
     """
 
 def encode_square(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     atoms: NDArray[np.float32],
     settings: EncodeSettings,
@@ -337,8 +339,8 @@ def encode_square(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        As for :func:`fit_dictionary`; nothing is copied.
+    rows : SparseRows
+        Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.
     atoms : float32 array of shape (n_atoms, n_sites)
@@ -350,7 +352,7 @@ def encode_square(
     """
 
 def learn_square(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     state: LearnerStart | LearnerState,
     settings: LearnSettings,
@@ -363,8 +365,8 @@ def learn_square(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        As for :func:`fit_dictionary`; nothing is copied.
+    rows : SparseRows
+        Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.
     state : dict
