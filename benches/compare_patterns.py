@@ -7,6 +7,7 @@ Writes ``docs/patterns.md`` from real routing. Needs scikit-learn, and the data 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -18,39 +19,25 @@ from scipy.optimize import linear_sum_assignment, nnls
 from sklearn.cluster import KMeans, SpectralClustering, SpectralCoclustering
 from sklearn.decomposition import NMF
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
 import moecollab as mc
-from mine_large import N_EXPERTS, ROUTING
 from moecollab.errors import ConvergenceWarning
 from moecollab.record.rows import Rows
+from real_routing import N_EXPERTS, TASKS, as_token_rows, read, routing_folder
 
-TASKS = ("law", "intent", "summary")
 Atoms = np.ndarray  # (n_atoms, n_sites), the largest entry of each 1
 
 
 def load(n_tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Renormalised routing weights of tokens drawn equally from the tasks, and their task."""
     rng = np.random.default_rng(seed)
-    parts, domain = [], []
-    for number, task in enumerate(TASKS):
-        file = np.load(ROUTING / f"{task}.npz")
-        own = rng.choice(len(file["topk_ids"]), n_tokens // len(TASKS), replace=False)
-        ids, weight = file["topk_ids"][own].astype(np.int64), file["topk_weights"][own]
-        n, n_layers, _ = ids.shape
-        x = np.zeros((n, n_layers * N_EXPERTS), np.float32)
-        place = ids + np.arange(n_layers)[:, None] * N_EXPERTS
-        x[np.arange(n)[:, None, None], place] = weight / weight.sum(axis=2, keepdims=True)
-        parts.append(x)
-        domain.append(np.full(n, number))
-    order = rng.permutation(n_tokens // len(TASKS) * len(TASKS))
-    return np.concatenate(parts)[order], np.concatenate(domain)[order]
-
-
-def as_rows(x: np.ndarray) -> Rows:
-    """Dense rows as sparse ones."""
-    row, site = np.nonzero(x)
-    indptr = np.searchsorted(row, np.arange(len(x) + 1)).astype(np.int64)
-    values, sample = np.ascontiguousarray(x[row, site]), np.zeros(len(x), np.uint32)
-    return Rows(indptr, site.astype(np.uint32), values, sample, x.shape[1])
+    ids, weights, domain = read(routing_folder())
+    own = [np.flatnonzero(domain == number) for number in range(len(TASKS))]
+    each = n_tokens // len(TASKS)
+    drawn = np.concatenate([tokens[rng.choice(len(tokens), each, False)] for tokens in own])
+    drawn = drawn[rng.permutation(len(drawn))]
+    return as_token_rows(ids[drawn], weights[drawn], domain[drawn]).dense(), domain[drawn]
 
 
 def scaled(atoms: np.ndarray) -> Atoms:
@@ -73,7 +60,7 @@ def hsdl(x: np.ndarray, atoms: tuple[int, ...], seed: int) -> Atoms:
     """The finest level."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = mc.HSDL(atoms=atoms, seed=seed, max_iterations=40).fit(as_rows(x))
+        found = mc.HSDL(atoms=atoms, seed=seed, max_iterations=40).fit(Rows.of(x))
     return scaled(found.levels[-1].atoms[found.live(len(atoms))])
 
 
@@ -100,7 +87,7 @@ def by_coclusters(x: np.ndarray, n_atoms: int, seed: int) -> Atoms:
 
 def by_communities(x: np.ndarray, n_atoms: int, seed: int) -> Atoms:
     """Spectral communities of the graph of pairs of layers with lift above 1 at q < 0.01."""
-    table = mc.mine(as_rows(x), n_experts=N_EXPERTS, min_support=0.002).table
+    table = mc.mine(Rows.of(x), n_experts=N_EXPERTS, min_support=0.002).table
     table = table.filter((pl.col("q") < 0.01) & (pl.col("relation") != "same layer"))
     a, b = (
         (pl.col(f"layer_{k}").cast(pl.Int64) * N_EXPERTS + pl.col(f"expert_{k}")).alias(k)
@@ -299,7 +286,7 @@ def main() -> None:
     options = parser.parse_args()
     x, domain = load(options.tokens)
     train, test = x[options.held_out :], x[: options.held_out]
-    rows = as_rows(train)
+    rows = Rows.of(train)
     floors = {2: 0.0005, 3: 0.0005}
     mined = {
         size: mc.mine(rows, size, n_experts=N_EXPERTS, min_support=floor, null="none", top=10**6)

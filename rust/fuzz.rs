@@ -18,7 +18,12 @@ fn value() -> impl Strategy<Value = f32> {
     ]
 }
 
-fn weight() -> impl Strategy<Value = f64> {
+/// Mostly in [0, 1].
+fn strength() -> impl Strategy<Value = f32> {
+    prop_oneof![200 => (0_u8..9).prop_map(|v| f32::from(v) / 8.0), 1 => value()]
+}
+
+pub(crate) fn weight() -> impl Strategy<Value = f64> {
     prop_oneof![
         4 => (0_u16..4000).prop_map(|v| f64::from(v) / 10.0),
         1 => any::<u64>().prop_map(f64::from_bits),
@@ -26,7 +31,9 @@ fn weight() -> impl Strategy<Value = f64> {
 }
 
 /// Rows that are often sound: lists of sorted sites; now and then any arrays at all.
-fn arrays() -> impl Strategy<Value = (Vec<i64>, Vec<u32>, Vec<f32>, usize)> {
+pub(crate) fn arrays<S: Strategy<Value = f32> + 'static>(
+    value: fn() -> S,
+) -> impl Strategy<Value = (Vec<i64>, Vec<u32>, Vec<f32>, usize)> {
     let row = prop::collection::btree_map(0_u32..9, value(), 0..6);
     let sound = prop::collection::vec(row, 1..12).prop_map(|rows| {
         let (mut pointers, mut sites, mut values) = (vec![0], vec![], vec![]);
@@ -102,7 +109,7 @@ fn sound(found: &Fit, rows: &Rows, n_levels: usize) -> bool {
 
 proptest! {
     #[test]
-    fn fuzz_rows_and_fit((pointers, sites, values, n_sites) in arrays(), params in params()) {
+    fn fuzz_rows_and_fit((pointers, sites, values, n_sites) in arrays(value), params in params()) {
         let rows = Rows::new(&pointers, &sites, &values, n_sites);
         if let (Ok(rows), Ok(params)) = (rows, params.check()) {
             let found = fit(rows.clone(), &params, &mut |_| true).unwrap();
@@ -112,10 +119,13 @@ proptest! {
 
     #[test]
     fn fuzz_encoding(
-        (pointers, sites, values, n_sites) in arrays(),
-        atoms in prop::collection::vec(value(), 0..40), caps in prop::collection::vec(value(), 0..6),
-        ratio in weight(),
+        (pointers, sites, values, n_sites) in arrays(value),
+        book in prop::collection::vec((prop::array::uniform9(strength()), value()), 0..6),
+        ratio in weight(), lost in 0_usize..30,
     ) {
+        let mut atoms: Vec<f32> = book.iter().flat_map(|(atom, _)| *atom).collect();
+        atoms.truncate(atoms.len() - usize::from(lost == 0).min(atoms.len()));
+        let caps: Vec<f32> = book.iter().map(|(_, cap)| *cap).collect();
         let book = Codebook::new(&atoms, &caps, n_sites, ratio);
         if let (Ok(rows), Ok(book)) = (Rows::new(&pointers, &sites, &values, n_sites), book) {
             let codes = book.encode(&rows, 1).unwrap();

@@ -4,7 +4,7 @@ use crate::encoding::Codebook;
 use crate::error::Result;
 use crate::level::{Level, Target};
 use crate::objective::{Terms, terms};
-use crate::params::ValidParams;
+use crate::params::{ValidParams, check_size};
 use crate::pieces::{Pieces, pieces};
 use crate::rows::{Entry, Lists, Rows, transpose};
 use crate::stage::{Record, StopReason, Watcher, Workshop};
@@ -41,7 +41,7 @@ pub struct FittedLevel {
 /// Fits the objective of [`crate::Params`] to rows; `watch` is told of every iteration.
 ///
 /// # Errors
-/// The threads cannot be started.
+/// More atoms than fit into memory, or threads that cannot be started.
 pub fn fit(rows: Rows, params: &ValidParams, watch: &mut Watcher) -> Result<Fit> {
     fit_below(rows, params, None, watch)
 }
@@ -62,6 +62,7 @@ pub fn fit_below(
         start.fits(params.atoms[0], rows.n_sites())?;
     }
     let mut start = start;
+    check_size(&params.atoms, rows.n_sites())?;
     let mut shop = Workshop::new(params, watch)?;
     let weight = vec![1.0 / rows.len() as f64; rows.len()];
     let nothing = rows.is_empty();

@@ -14,6 +14,7 @@
 #![allow(clippy::similar_names, reason = "plain short words are often alike")]
 
 mod caps;
+mod checks;
 mod coding;
 mod contribution;
 mod dictionary;

@@ -109,6 +109,26 @@ impl std::ops::Deref for ValidParams {
     }
 }
 
+/// Values of one dense array at most: 8 GB.
+const MOST_VALUES: usize = 1 << 31;
+
+/// Raises unless every level is small enough for dense arrays of its atoms by sites and by atoms.
+///
+/// # Errors
+/// [`Error::Setting`] says how many atoms are allowed.
+pub(crate) fn check_size(atoms: &[usize], n_sites: usize) -> Result<()> {
+    let largest = atoms.iter().copied().max().unwrap_or(0);
+    let width = largest.max(n_sites);
+    if largest.checked_mul(width).is_some_and(|n| n <= MOST_VALUES) {
+        return Ok(());
+    }
+    Err(Error::Setting {
+        name: "atoms",
+        got: format!("{atoms:?}"),
+        allowed: format!("so few that atoms x sites and atoms x atoms are at most {MOST_VALUES}"),
+    })
+}
+
 /// The weights of the objective.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Lambda {

@@ -1,6 +1,7 @@
 //! Sparse rows that have passed all checks, and their transpose.
 
-use crate::error::{Error, Result};
+pub(crate) use crate::checks::{check_lengths, check_sites, check_values};
+use crate::error::Result;
 
 /// One non-zero of a sparse row: its index and value.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -151,91 +152,6 @@ pub(crate) fn transpose(lists: &Lists, n: usize) -> Lists {
     out
 }
 
-/// Raises unless pointers, sites and values belong together and there are sites.
-pub(crate) fn check_lengths(
-    indptr: &[i64],
-    sites: &[u32],
-    values: &[f32],
-    n_sites: usize,
-) -> Result<()> {
-    check_pointers(indptr, sites.len())?;
-    if values.len() != sites.len() {
-        let (got, expected) = (values.len(), sites.len());
-        return Err(Error::Length {
-            what: "values",
-            got,
-            expected,
-        });
-    }
-    if n_sites == 0 {
-        return Err(Error::Empty { what: "sites" });
-    }
-    Ok(())
-}
-
-fn check_pointers(indptr: &[i64], n_entries: usize) -> Result<()> {
-    if indptr.len() < 2 {
-        return Err(Error::Empty { what: "rows" });
-    }
-    if indptr.len() > u32::MAX as usize {
-        let (got, expected) = (indptr.len(), u32::MAX as usize);
-        return Err(Error::Length {
-            what: "indptr",
-            got,
-            expected,
-        });
-    }
-    let ascending = |at: usize| at == 0 || indptr[at] >= indptr[at - 1];
-    if let Some(at) = (0..indptr.len()).find(|&at| indptr[at] < 0 || !ascending(at)) {
-        let got = indptr[at].to_string();
-        let allowed = "ascending from 0";
-        return Err(Error::Value {
-            what: "indptr",
-            got,
-            position: at,
-            allowed,
-        });
-    }
-    let last = indptr[indptr.len() - 1] as usize;
-    if indptr[0] != 0 || last != n_entries {
-        return Err(Error::Length {
-            what: "sites",
-            got: n_entries,
-            expected: last,
-        });
-    }
-    Ok(())
-}
-
-pub(crate) fn check_values(values: &[f32]) -> Result<()> {
-    match values
-        .iter()
-        .position(|value| !value.is_finite() || *value < 0.0)
-    {
-        None => Ok(()),
-        Some(position) => Err(Error::Value {
-            what: "values",
-            got: values[position].to_string(),
-            position,
-            allowed: "finite and not negative",
-        }),
-    }
-}
-
-pub(crate) fn check_sites(sites: &[u32], offset: usize, n_sites: usize) -> Result<()> {
-    for (at, &site) in sites.iter().enumerate() {
-        if site as usize >= n_sites || (at > 0 && sites[at - 1] >= site) {
-            return Err(Error::Value {
-                what: "sites",
-                got: site.to_string(),
-                position: offset + at,
-                allowed: "below n_sites and strictly ascending within a row",
-            });
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -260,39 +176,5 @@ mod tests {
         ];
         assert_eq!(columns.row(2), &expected);
         assert!(columns.row(1).is_empty());
-    }
-
-    #[test]
-    fn refuses_bad_input() {
-        assert!(matches!(
-            Rows::new(&[0], &[], &[], 3),
-            Err(Error::Empty { .. })
-        ));
-        assert!(matches!(
-            Rows::new(&[0, 0], &[], &[], 0),
-            Err(Error::Empty { .. })
-        ));
-        assert!(matches!(
-            Rows::new(&[0, 2], &[1], &[1.0], 3),
-            Err(Error::Length { .. })
-        ));
-        assert!(matches!(
-            Rows::new(&[0, 1], &[1], &[], 3),
-            Err(Error::Length { .. })
-        ));
-        assert!(matches!(
-            Rows::new(&[0, 2, 1], &[1], &[1.0], 3),
-            Err(Error::Value { .. })
-        ));
-        for bad in [f32::NAN, f32::INFINITY, -1.0] {
-            assert!(matches!(
-                Rows::new(&[0, 1], &[1], &[bad], 3),
-                Err(Error::Value { .. })
-            ));
-        }
-        for sites in [[1, 1], [2, 1], [1, 3]] {
-            let out = Rows::new(&[0, 2], &sites, &[1.0, 1.0], 3);
-            assert!(matches!(out, Err(Error::Value { .. })));
-        }
     }
 }

@@ -26,11 +26,7 @@ def planted(n_rows=400, n_layers=6, n_experts=16, n_groups=24, *, noise=0.0, see
 
 def as_rows(x):
     """Dense rows as sparse ones."""
-    row, site = np.nonzero(x)
-    indptr = np.concatenate(([0], np.cumsum((x > 0).sum(axis=1)))).astype(np.int64)
-    sample = np.arange(len(x), dtype=np.uint32)
-    values = np.ascontiguousarray(x[row, site], dtype=np.float32)
-    return Rows(indptr, site.astype(np.uint32), values, sample, x.shape[1])
+    return Rows.of(np.asarray(x, np.float32))
 
 
 def dense_codes(codes, n_atoms):
@@ -44,3 +40,22 @@ def found_share(atoms, groups):
     """Fraction of groups whose members are exactly those of an atom at threshold 0.5."""
     sets = {tuple(np.flatnonzero(atom >= 0.5)) for atom in atoms}
     return np.mean([tuple(np.flatnonzero(group)) in sets for group in groups])
+
+
+def planted_levels(n_rows=600, *, noise=0.0, seed=0):
+    """Rows of one or two of 24 coarse groups, each of which is two of 12 fine groups of four.
+
+    Every fine group is in four coarse ones. Returns the dense rows (n_rows, 96), the coarse and
+    the fine groups as 0/1 rows.
+    """
+    rng = np.random.default_rng(seed)
+    fine = np.zeros((12, 96), np.float32)
+    fine[np.repeat(np.arange(12), 4), rng.permutation(96)[:48]] = 1
+    coarse = np.concatenate([fine + np.roll(fine, -step, axis=0) for step in (1, 5)])
+    x = np.zeros((n_rows, 96), np.float32)
+    for row in x:
+        for group in rng.choice(24, rng.integers(1, 3), replace=False):
+            row += coarse[group] * np.float32(rng.uniform(0.5, 1.0))
+    stray = rng.random(x.shape) < noise
+    x[stray] += rng.uniform(0.05, 0.3, stray.sum()).astype(np.float32)
+    return x, coarse, fine

@@ -21,9 +21,9 @@ def routing_folder():
     return folder
 
 
-def read(folder):
-    """Expert ids and weights (n_tokens, 26, 6), and the task of every token."""
-    files = [np.load(Path(folder) / f"{task}.npz") for task in TASKS]
+def read(folder, tasks=TASKS):
+    """Expert ids and weights (n_tokens, 26, 6), and the task's number of every token."""
+    files = [np.load(Path(folder) / f"{task}.npz") for task in tasks]
     ids = np.concatenate([found["topk_ids"] for found in files]).astype(np.int64)
     weights = np.concatenate([found["topk_weights"] for found in files])
     return ids, weights, np.repeat(np.arange(len(files)), [len(f["topk_ids"]) for f in files])

@@ -1,4 +1,4 @@
-"""Routing with structure: made up from token ids and context, or real."""
+"""Routing with structure, made up from token ids and context."""
 
 import numpy as np
 
@@ -41,8 +41,3 @@ def swapped(x, strata, n_experts, rng, sweeps=8):
                 dealt = rng.permutation(own[one, differ])
                 own[one, differ], own[two, differ] = dealt, ~dealt
     return x
-
-
-def load_routing(path):
-    """Expert ids of a real recording, (n_tokens, n_layers, top_k)."""
-    return np.load(path)["topk_ids"].astype(np.int64)

@@ -69,41 +69,6 @@ def test_caep_refuses_what_does_not_fit():
         _core.caep_ranking(atoms[:0], ones[:0], ones[:0], 0.5)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("atoms", []),
-        ("atoms", [4, 0]),
-        ("sparsity", -1.0),
-        ("reconstruction", 0.0),
-        ("tolerance", float("nan")),
-        ("max_iterations", 0),
-    ],
-)
-def test_fit_refuses_settings_out_of_range(name, value):
-    with pytest.raises(SettingsError, match=f"{name} is"):
-        fit(np.ones((2, 3), np.float32), **{name: value})
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
-def test_fit_refuses_bad_values(bad):
-    arrays = (np.array([0, 1]), np.zeros(1, np.uint32), np.array([bad], np.float32))
-    with pytest.raises(DataError, match=r"values holds .* at position 0; it must be finite and"):
-        _core.fit_dictionary(arrays, 3, SETTINGS, print)
-
-
-def test_fit_refuses_broken_rows():
-    empty = (np.zeros(1, np.int64), np.zeros(0, np.uint32), np.zeros(0, np.float32))
-    with pytest.raises(DataError, match="rows is empty; record some text first"):
-        _core.fit_dictionary(empty, 3, SETTINGS, print)
-    twice = (np.array([0, 2]), np.zeros(2, np.uint32), np.ones(2, np.float32))
-    with pytest.raises(DataError, match="sites holds 0 at position 1"):
-        _core.fit_dictionary(twice, 3, SETTINGS, print)
-    short = (np.array([0, 2]), np.zeros(1, np.uint32), np.ones(1, np.float32))
-    with pytest.raises(ShapeError, match="sites has length 1, expected 2"):
-        _core.fit_dictionary(short, 3, SETTINGS, print)
-
-
 def test_an_exception_while_watching_is_passed_on():
     x, _ = planted(n_rows=50)
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from moecollab.errors import SettingsError
 from moecollab.patterns.dictionary import HSDL
 from planted import as_rows, dense_codes, found_share, planted
 
@@ -69,14 +68,3 @@ def test_new_rows_reach_the_optimum_of_scikit_learn(x):
     capped = np.minimum(best, level.peak[live] * length[live])
     assert cost(own) <= cost(capped) * (1 + 1e-5)
     assert cost(own) >= cost(best) * (1 - 1e-5)
-
-
-def test_too_many_rows_for_memory_are_refused(acts):
-    with pytest.raises(SettingsError, match="rows_in_memory is 100"):
-        HSDL(atoms=(6,), loss="l2", rows_in_memory=100).fit(acts)
-
-
-def test_threads_change_nothing(x, collab):
-    twin = HSDL(atoms=(30, 40), loss="l2", reconstruction=100.0, threads=3).fit(as_rows(x[0]))
-    assert twin.history == collab.history
-    assert np.array_equal(twin.codes.value, collab.codes.value)

@@ -1,16 +1,11 @@
 """The squared-error engine through its boundary, against scikit-learn, scipy and slow twins."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moecollab import _core
-from moecollab.errors import DataError, SettingsError, ShapeError
 from planted import as_rows, planted
+from real_routing import load_routing, routing_folder
 
 ENCODE = {
     "sparsity": 0.2,
@@ -44,8 +39,6 @@ FIT = {
     "seed": 0,
     "threads": 1,
 }
-SHARED = Path(os.environ.get("MOECOLLAB_SHARED", Path(__file__).parents[2] / "shared"))
-REAL = SHARED / "data" / "routing" / "deepseek-v2-lite" / "law.npz"
 
 
 def arrays(x):
@@ -109,56 +102,6 @@ def test_codes_agree_with_scikit_learn(density, filled):
     assert ours["gap"].mean() < 1e-3 * best
 
 
-@settings(max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 8), st.sampled_from([np.inf, 0.25]))
-def test_tiny_problems_agree_with_scipy(seed, n_atoms, cap):
-    optimize = pytest.importorskip("scipy.optimize")
-    rng = np.random.default_rng(seed)
-    x, atoms = rng.random((3, 6)), rng.random((n_atoms, 6))
-    x, atoms = x.astype(np.float32), atoms.astype(np.float32)
-    found = dense(encode(x, atoms, sparsity=0.0, caps=[cap] * n_atoms), n_atoms)
-    for row, codes in zip(x, found, strict=True):
-        exact = optimize.lsq_linear(atoms.T.astype(np.float64), row, (0, cap)).x
-        best = cost(row[None], exact[None], atoms, 0.0)[0]
-        got = cost(row[None], codes[None], atoms, 0.0)[0]
-        assert got <= best + 1e-4 * (1 + best)
-        assert codes.max() <= cap
-
-
-def test_codes_are_the_same_for_any_number_of_threads():
-    x, groups = planted(n_rows=300, noise=0.05)
-    one, three = (encode(x, unit(groups), threads=threads) for threads in (1, 3))
-    for name in ("indptr", "atom", "value"):
-        assert one[name].tobytes() == three[name].tobytes()
-    assert one["gap"] is None
-
-
-def test_zero_rows_have_no_codes():
-    found = encode(np.zeros((3, 4), np.float32), np.eye(4, dtype=np.float32))
-    assert found["indptr"].tolist() == [0, 0, 0, 0]
-
-
-def test_encoding_refuses_what_does_not_fit():
-    x, atoms = np.ones((2, 3), np.float32), np.eye(3, dtype=np.float32)
-    with pytest.raises(ShapeError, match="atoms is float64; pass a numpy array of float32"):
-        encode(x, atoms.astype(np.float64))
-    with pytest.raises(DataError, match="atoms holds -1 at position 0"):
-        encode(x, -atoms)
-    with pytest.raises(ShapeError, match="rows of atoms has length 2, expected 3"):
-        encode(x, np.ones((4, 2), np.float32))
-    with pytest.raises(ShapeError, match="caps has length 1, expected 3"):
-        encode(x, atoms, caps=[1.0])
-    with pytest.raises(DataError, match="caps holds -1 at position 2"):
-        encode(x, atoms, caps=[1.0, 1.0, -1.0])
-    with pytest.raises(SettingsError, match="sparsity"):
-        encode(x, atoms, sparsity=-1.0)
-    with pytest.raises(SettingsError, match="reconstruction"):
-        encode(x, atoms, reconstruction=0.0)
-    rows = (np.array([0, 1]), np.zeros(1, np.uint32), np.array([-1], np.float32))
-    with pytest.raises(DataError, match="values holds -1 at position 0"):
-        _core.encode_square(rows, 3, atoms, ENCODE)
-
-
 def test_a_cut_run_gives_the_same_bytes():
     x, _ = planted(n_rows=200, noise=0.02)
     whole = learn(x, start(x, 24), batches=20, threads=2)
@@ -178,21 +121,6 @@ def test_learning_piece_by_piece_finds_groups():
     assert (best > 0.95).mean() > 0.9
     assert np.linalg.norm(state["atoms"], axis=1).max() <= 1 + 1e-5
     assert state["atoms"].min() >= 0
-
-
-def test_learning_refuses_what_does_not_fit():
-    x, _ = planted(n_rows=50)
-    with pytest.raises(SettingsError, match="share"):
-        learn(x, start(x, 4), share=0.0)
-    with pytest.raises(SettingsError, match="batch"):
-        learn(x, start(x, 4), batch=0)
-    state = learn(x, start(x, 4))
-    with pytest.raises(ShapeError, match="first has length 3, expected 4"):
-        learn(x, state | {"first": state["first"][:3]})
-    with pytest.raises(ShapeError, match="rows of atoms has length 95, expected 96"):
-        learn(x, {"atoms": np.ones((4, 95), np.float32)})
-    with pytest.raises(KeyError, match="atoms"):
-        learn(x, {})
 
 
 def test_the_fit_descends_and_adds_up():
@@ -245,23 +173,8 @@ def test_dictionary_size_switches_atoms_off():
     assert (dear > 0).sum() >= 8
 
 
-def test_the_fit_names_the_bad_setting():
-    x, _ = planted(n_rows=50)
-    with pytest.raises(SettingsError, match="passes"):
-        fit(x, passes=-1.0)
-    with pytest.raises(SettingsError, match="atoms"):
-        fit(x, atoms=[])
-
-
-@pytest.mark.skipif(not REAL.is_file(), reason=f"no routing data at {REAL}")
 def test_real_routing_is_explained_better_than_by_the_mean():
-    with np.load(REAL) as data:
-        ids = data["topk_ids"][:1500].astype(np.int64)
-        weights = data["topk_weights"][:1500].astype(np.float32)
-    n_tokens, n_layers, _ = ids.shape
-    x = np.zeros((n_tokens, n_layers * 64), np.float32)
-    sites = (ids + 64 * np.arange(n_layers)[None, :, None]).reshape(n_tokens, -1)
-    np.put_along_axis(x, sites, weights.reshape(n_tokens, -1), axis=1)
+    x = load_routing(routing_folder(), 1500).dense()
     found = fit(x, atoms=[48], dictionary_size=0.0, sparsity=15.0)
     assert found["stop_reason"] == "tolerance"
     error = 2 * found["history"][-1]["reconstruction"]

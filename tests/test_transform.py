@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from moecollab._core import encode
-from moecollab.errors import DataError, SettingsError, ShapeError
-from moecollab.patterns import transform
+from moecollab.errors import DataError, SettingsError
 from moecollab.patterns.codes import Codes
 from moecollab.patterns.dictionary import HSDL
 from planted import as_rows, dense_codes, planted
@@ -42,15 +40,6 @@ def test_close_to_the_linear_program_and_never_below(collab, new):
     assert (cost >= best - 1e-4).all()
     assert cost.mean() <= 1.01 * best.mean()
     assert (found <= level.peak.astype(np.float32) + 1e-7).all()
-
-
-def test_blocks_and_threads_change_nothing(collab, new, monkeypatch):
-    rows = as_rows(new)
-    whole = collab.transform(rows, threads=1)
-    monkeypatch.setattr(transform, "BLOCK", 7)
-    cut = collab.transform(rows, threads=3)
-    for name in ("indptr", "atom", "value"):
-        assert np.array_equal(getattr(whole, name), getattr(cut, name))
 
 
 def test_finer_codes_are_the_product_with_the_links(collab, new):
@@ -90,14 +79,3 @@ def test_what_does_not_fit_is_refused(collab, acts):
         collab.transform(acts)
     with pytest.raises(SettingsError, match="level"):
         collab.transform(as_rows(np.ones((2, collab.n_sites), np.float32)), level=3)
-    atoms, rows = np.ones((1, 2), np.float32), as_rows(np.ones((1, 2), np.float32))
-    arrays = (rows.indptr, rows.sites, rows.values)
-    for bad in (np.nan, 2.0, -0.5):
-        with pytest.raises(DataError, match="atoms"):
-            encode(arrays, np.full_like(atoms, bad), np.ones(1, np.float32), 0.1, 1)
-    with pytest.raises(DataError, match="peak"):
-        encode(arrays, atoms, np.array([np.nan], np.float32), 0.1, 1)
-    with pytest.raises(SettingsError, match="ratio"):
-        encode(arrays, atoms, np.ones(1, np.float32), -1.0, 1)
-    with pytest.raises(ShapeError, match="atoms"):
-        encode(arrays, atoms, np.ones(2, np.float32), 0.1, 1)

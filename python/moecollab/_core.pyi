@@ -1,7 +1,7 @@
 """Types of the Rust core; arrays in, plain dictionaries of arrays out."""
 
 from collections.abc import Callable, Sequence
-from typing import TypedDict, type_check_only
+from typing import TypeAlias, TypedDict, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ __all__ = [
     "step_square",
     "sum_square",
 ]
+
+SparseRows: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]
+"""Row pointers int64 (n_rows + 1,), sites uint32 (nnz,) ascending within a row, values float32
+(nnz,), finite and not negative. Arrays are C-contiguous; `n_sites` is at most 2^24."""
 
 @type_check_only
 class FitSettings(TypedDict):
@@ -142,18 +146,18 @@ class LearnerStart(TypedDict):
     atoms: NDArray[np.float32]
 
 def fit_dictionary(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     settings: FitSettings,
     watch: Callable[[HistoryRow], object],
+    start: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
 ) -> Fit:
     """Levels of atoms fitted to sparse rows.
 
     Parameters
     ----------
-    rows : tuple of arrays
-        Row pointers int64 (n_rows + 1,), sites uint32 (nnz,) ascending within a row, and values
-        float32 (nnz,) that are finite and not negative.
+    rows : SparseRows
+        What to fit.
     n_sites : int
         Number of sites.
     settings : FitSettings
@@ -161,10 +165,13 @@ def fit_dictionary(
     watch : callable
         Called with every history row. KeyboardInterrupt, raised there or pending, ends the fit
         with the best result so far; any other exception is passed on.
+    start : tuple of arrays, optional
+        Atoms of level 1 and their largest codes, as for :func:`encode`: they are taken as they
+        are, finer levels are fitted to them, and then all levels together.
     """
 
 def encode(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     atoms: NDArray[np.float32],
     peak: NDArray[np.float32],
     ratio: float,
@@ -174,9 +181,8 @@ def encode(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        Row pointers int64 (n_rows + 1,), sites uint32 (nnz,) ascending within a row, and values
-        float32 (nnz,) that are finite and not negative.
+    rows : SparseRows
+        What to code.
     atoms : float32 array of shape (n_atoms, n_sites)
         Atoms, in [0, 1].
     peak : float32 array of shape (n_atoms,)
@@ -251,7 +257,7 @@ class MinedSets(TypedDict):
     log10_p: NDArray[np.float64]
 
 def mine_pairs(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     strata: NDArray[np.uint32] | None,
     settings: MiningSettings,
@@ -261,8 +267,8 @@ def mine_pairs(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        As for `fit_dictionary`; a site is active where its value is above 0.
+    rows : SparseRows
+        A site is active where its value is above 0.
     n_sites : int
         Number of sites.
     strata : uint32 array of shape (n_rows,), or None
@@ -274,7 +280,7 @@ def mine_pairs(
     """
 
 def mine_sets(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     strata: NDArray[np.uint32] | None,
     settings: MiningSettings,
@@ -292,7 +298,7 @@ def mine_sets(
     """
 
 def count_sets(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     sets: NDArray[np.uint32],
     threads: int,
@@ -300,7 +306,7 @@ def count_sets(
     """How many rows hold all sites of each set (n_sets, size): array of shape (n_sets,)."""
 
 def fit_square(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     settings: SquareSettings,
     watch: Callable[[HistoryRow], object],
@@ -316,8 +322,8 @@ def fit_square(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        As for :func:`fit_dictionary`; nothing is copied.
+    rows : SparseRows
+        Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.
     settings : SquareSettings
@@ -329,7 +335,7 @@ def fit_square(
     """
 
 def encode_square(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     atoms: NDArray[np.float32],
     settings: EncodeSettings,
@@ -340,8 +346,8 @@ def encode_square(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        As for :func:`fit_dictionary`; nothing is copied.
+    rows : SparseRows
+        Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.
     atoms : float32 array of shape (n_atoms, n_sites)
@@ -353,7 +359,7 @@ def encode_square(
     """
 
 def learn_square(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     n_sites: int,
     state: LearnerStart | LearnerState,
     settings: LearnSettings,
@@ -366,8 +372,8 @@ def learn_square(
 
     Parameters
     ----------
-    rows : tuple of arrays
-        As for :func:`fit_dictionary`; nothing is copied.
+    rows : SparseRows
+        Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.
     state : dict
@@ -393,16 +399,15 @@ class SquareShare(TypedDict):
     cost: NDArray[np.float64]
 
 def step_atoms(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     weight: NDArray[np.float64],
     atoms: NDArray[np.float32],
-    codes: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
-    pull: tuple[NDArray[np.float64], NDArray[np.float32]] | None,
+    codes: SparseRows,
     threads: int,
 ) -> NDArray[np.float32]:
     """Better atoms in [0, 1] for rows whose codes stay: float32 (n_atoms, n_sites).
 
-    Lowers Σ_c w_c |x_c − r_c D|₁ + Σᵢ pᵢ |dᵢ − tᵢ|₁ by exact steps of one entry after the other.
+    Lowers Σ_c w_c |x_c − r_c D|₁ by exact steps of one entry after the other.
 
     Parameters
     ----------
@@ -414,17 +419,15 @@ def step_atoms(
         Where to start, in [0, 1].
     codes : tuple of arrays
         The rows' codes, compressed like rows, over atoms.
-    pull : tuple of arrays, or None
-        p float64 (n_atoms,) and t float32 (n_atoms, n_sites): where a finer level wants the atoms.
     threads : int
         Threads; 0 for one per processor. The result is the same for any number.
     """
 
 def sum_square(
-    rows: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    rows: SparseRows,
     weight: NDArray[np.float64],
     atoms: NDArray[np.float32],
-    codes: tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]],
+    codes: SparseRows,
     threads: int,
 ) -> SquareShare:
     """A = Σ w r'r (n_atoms, n_atoms) and U = Σ w r'(x − r D) (n_atoms, n_sites) of some rows.

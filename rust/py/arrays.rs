@@ -6,8 +6,10 @@ use numpy::{
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
+use crate::error::Result;
 use crate::py::errors;
 use crate::rows::{Entry, Rows};
+use crate::square::{Draft, Sheet};
 
 /// The values of a contiguous array of one type and dimension.
 pub(crate) fn view<'a, T: Element>(
@@ -56,20 +58,52 @@ pub(crate) fn array<'py, T: Element>(
     })
 }
 
-/// Pointers, sites and values of sparse rows.
-type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+/// The arrays of sparse rows, kept from changing while Rust reads them.
+pub(crate) struct Held<'py> {
+    py: Python<'py>,
+    starts: PyReadonlyArrayDyn<'py, i64>,
+    sites: PyReadonlyArrayDyn<'py, u32>,
+    values: PyReadonlyArrayDyn<'py, f32>,
+}
 
-/// Checked rows from a tuple of pointers, sites and values.
-pub(crate) fn rows(rows: &Bound<PyTuple>, n_sites: usize) -> PyResult<Rows> {
-    let (indptr, sites, values): Arrays = rows.extract()?;
-    let pointers = array::<i64>(&indptr, "indptr")?;
-    let sites = array::<u32>(&sites, "sites")?;
-    let values = array::<f32>(&values, "values")?;
-    let pointers_view = view(&pointers, "indptr", 1)?;
-    let sites_view = view(&sites, "sites", 1)?;
-    let values_view = view(&values, "values", 1)?;
-    Rows::new(pointers_view, sites_view, values_view, n_sites)
-        .map_err(|error| errors::to_python(rows.py(), &error))
+impl<'py> Held<'py> {
+    /// Arrays of the right types: pointers, sites and values.
+    pub fn new(rows: &Bound<'py, PyTuple>) -> PyResult<Self> {
+        type Arrays<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+        let (starts, sites, values): Arrays = rows.extract()?;
+        Ok(Self {
+            py: rows.py(),
+            starts: array(&starts, "indptr")?,
+            sites: array(&sites, "sites")?,
+            values: array(&values, "values")?,
+        })
+    }
+
+    /// The rows of the squared-error engine, their entries not yet checked.
+    pub fn draft(&self, n_sites: usize) -> PyResult<Draft<'_>> {
+        self.checked(n_sites, Draft::new)
+    }
+
+    /// The rows of the squared-error engine, checked.
+    pub fn sheet(&self, n_sites: usize) -> PyResult<Sheet<'_>> {
+        self.checked(n_sites, Sheet::new)
+    }
+
+    /// A checked copy of the rows.
+    pub fn rows(&self, n_sites: usize) -> PyResult<Rows> {
+        self.checked(n_sites, Rows::new)
+    }
+
+    fn checked<'a, T>(
+        &'a self,
+        n_sites: usize,
+        check: impl FnOnce(&'a [i64], &'a [u32], &'a [f32], usize) -> Result<T>,
+    ) -> PyResult<T> {
+        let starts = view(&self.starts, "indptr", 1)?;
+        let sites = view(&self.sites, "sites", 1)?;
+        let values = view(&self.values, "values", 1)?;
+        check(starts, sites, values, n_sites).map_err(|error| errors::to_python(self.py, &error))
+    }
 }
 
 fn shape_error(py: Python, message: String) -> PyErr {

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::encoding::Codebook;
-use crate::py::arrays::{self, Compressed};
+use crate::py::arrays::{self, Compressed, Held};
 use crate::py::errors;
 
 /// Codes of sparse rows on fixed atoms, as compressed rows.
@@ -20,7 +20,7 @@ pub(crate) fn encode<'py>(
 ) -> PyResult<Compressed<'py>> {
     let core = |error| errors::to_python(py, &error);
     let (book, n_sites) = codebook(atoms, peak, ratio)?;
-    let rows = arrays::rows(rows, n_sites)?;
+    let rows = Held::new(rows)?.rows(n_sites)?;
     let codes = py.detach(|| book.encode(&rows, threads)).map_err(core)?;
     Ok(arrays::compressed(py, &codes))
 }

@@ -6,9 +6,7 @@ mod errors;
 mod fitting;
 mod mining;
 mod square;
-mod square_fitting;
 mod square_learning;
-mod square_rows;
 mod stepping;
 
 use numpy::PyArray1;
@@ -24,14 +22,12 @@ mod _core {
     #[pymodule_export]
     use super::encoding::encode;
     #[pymodule_export]
-    use super::fitting::fit_dictionary;
+    use super::fitting::{fit_dictionary, fit_square};
     #[pymodule_export]
     use super::mining::{count_sets, mine_pairs, mine_sets};
 
     #[pymodule_export]
     use super::square::encode_square;
-    #[pymodule_export]
-    use super::square_fitting::fit_square;
     #[pymodule_export]
     use super::square_learning::learn_square;
     #[pymodule_export]

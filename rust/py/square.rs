@@ -1,14 +1,14 @@
 //! The squared-error engine: `encode_square`.
 
-use numpy::PyArray1;
+use numpy::{PyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::parallel::Pool;
+use crate::py::arrays::{self, Held};
 use crate::py::errors;
-use crate::py::square_rows::{self, Held};
-use crate::square::{Encoding, demand, encode, not_negative};
+use crate::square::{EncodeParams, Matrix, checked_atoms, encode};
 
 /// Coding settings as Python passes them.
 #[derive(FromPyObject)]
@@ -38,10 +38,17 @@ pub(crate) fn encode_square<'py>(
     let core = |error| errors::to_python(py, &error);
     let held = Held::new(rows)?;
     let draft = held.draft(n_sites)?;
-    let atoms = square_rows::atoms(atoms, n_sites)?;
+    let atoms = self::atoms(atoms, n_sites)?;
+    let params = EncodeParams {
+        sparsity: settings.sparsity,
+        reconstruction: settings.reconstruction,
+        tolerance: settings.tolerance,
+        caps: settings.caps,
+        gap: settings.gap,
+    };
     let codes = py
         .detach(|| {
-            let how = settings.checked(atoms.n_rows())?;
+            let how = params.check(atoms.n_rows())?;
             encode(&draft, &atoms, &how, &Pool::new(settings.threads)?)
         })
         .map_err(core)?;
@@ -56,45 +63,19 @@ pub(crate) fn encode_square<'py>(
     Ok(out)
 }
 
-impl EncodeSettings {
-    fn checked(&self, n_atoms: usize) -> Result<Encoding> {
-        not_negative("sparsity", self.sparsity)?;
-        let positive = self.reconstruction > 0.0;
-        demand(
-            "reconstruction",
-            self.reconstruction,
-            positive,
-            "finite and above 0",
-        )?;
-        not_negative("tolerance", self.tolerance)?;
-        if let Some(caps) = &self.caps {
-            check_caps(caps, n_atoms)?;
-        }
-        Ok(Encoding {
-            penalty: (self.sparsity / self.reconstruction) as f32,
-            tolerance: self.tolerance as f32,
-            caps: self.caps.clone(),
-            gap: self.gap,
-        })
-    }
-}
-
-fn check_caps(caps: &[f32], n_atoms: usize) -> Result<()> {
-    if caps.len() != n_atoms {
-        let (got, expected) = (caps.len(), n_atoms);
-        return Err(Error::Length {
-            what: "caps",
+/// Atoms (`n_atoms`, `n_sites`), checked.
+pub(crate) fn atoms(argument: &Bound<PyAny>, n_sites: usize) -> PyResult<Matrix> {
+    let core = |error| errors::to_python(argument.py(), &error);
+    let array = arrays::array::<f32>(argument, "atoms")?;
+    let flat = arrays::view(&array, "atoms", 2)?;
+    let got = array.shape()[1];
+    if got != n_sites {
+        let what = "rows of atoms";
+        return Err(core(Error::Length {
+            what,
             got,
-            expected,
-        });
+            expected: n_sites,
+        }));
     }
-    match caps.iter().position(|cap| cap.is_nan() || *cap < 0.0) {
-        None => Ok(()),
-        Some(position) => Err(Error::Value {
-            what: "caps",
-            got: caps[position].to_string(),
-            position,
-            allowed: "at least 0",
-        }),
-    }
+    checked_atoms(flat, n_sites).map_err(core)
 }

@@ -4,11 +4,11 @@ use numpy::{Element, PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::parallel::Pool;
-use crate::py::square_rows::{self, Held};
-use crate::py::{arrays, errors};
-use crate::square::{Learner, Matrix, Order, Running, Schedule, State, demand, not_negative};
+use crate::py::arrays::{self, Held};
+use crate::py::{errors, square};
+use crate::square::{LearnParams, Learner, Matrix, Order, Running, State};
 
 /// Learning settings as Python passes them.
 #[derive(FromPyObject)]
@@ -42,51 +42,41 @@ pub(crate) fn learn_square<'py>(
     let core = |error| errors::to_python(py, &error);
     let held = Held::new(rows)?;
     let sheet = held.sheet(n_sites)?;
-    let schedule = settings.checked().map_err(core)?;
-    let state = entering(state, n_sites)?;
+    let (threads, batches) = (settings.threads, settings.batches);
+    let schedule = LearnParams::from(settings)
+        .check(sheet.len())
+        .map_err(core)?;
+    let state = entering(state, n_sites)?.check().map_err(core)?;
     let (state, running) = py
         .detach(|| {
-            let pool = Pool::new(settings.threads)?;
+            let pool = Pool::new(threads)?;
             let mut learner = Learner::new(state, schedule);
-            let running = learner.learn(&sheet, settings.batches, &pool);
+            let running = learner.learn(&sheet, batches, &pool);
             Ok((learner.into_state(), running))
         })
         .map_err(core)?;
     leaving(py, &state, &running)
 }
 
-impl LearnSettings {
-    fn checked(&self) -> Result<Schedule> {
-        demand("batch", self.batch as f64, self.batch > 0, "at least 1")?;
-        demand("window", self.window as f64, self.window > 0, "at least 1")?;
-        let part = self.share > 0.0 && self.share <= 1.0;
-        demand("share", self.share, part, "above 0 and at most 1")?;
-        let positive = self.reconstruction > 0.0;
-        demand(
-            "reconstruction",
-            self.reconstruction,
-            positive,
-            "finite and above 0",
-        )?;
-        not_negative("exponent", self.exponent)?;
-        not_negative("sparsity", self.sparsity)?;
-        not_negative("tolerance", self.tolerance)?;
-        Ok(Schedule {
-            batch: self.batch,
-            window: self.window,
-            exponent: self.exponent,
-            share: self.share,
-            penalty: (self.sparsity / self.reconstruction) as f32,
-            tolerance: self.tolerance as f32,
-            seed: self.seed,
-        })
+impl From<LearnSettings> for LearnParams {
+    fn from(from: LearnSettings) -> Self {
+        Self {
+            batch: from.batch,
+            window: from.window,
+            exponent: from.exponent,
+            share: from.share,
+            sparsity: from.sparsity,
+            reconstruction: from.reconstruction,
+            tolerance: from.tolerance,
+            seed: from.seed,
+        }
     }
 }
 
 /// A state from `atoms` alone, or from everything that [`learn_square`] returned.
 fn entering(from: &Bound<PyDict>, n_sites: usize) -> PyResult<State> {
     let atoms = from.as_any().get_item("atoms")?;
-    let mut state = State::new(square_rows::atoms(&atoms, n_sites)?);
+    let mut state = State::new(square::atoms(&atoms, n_sites)?);
     if from.contains("pull")? {
         restore(&mut state, from)?;
     }

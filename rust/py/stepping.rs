@@ -5,8 +5,8 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::error::Error;
-use crate::py::square_rows::{self, Held};
-use crate::py::{arrays, errors};
+use crate::py::arrays::{self, Held};
+use crate::py::errors;
 use crate::rows::{Lists, Rows};
 use crate::square::{self, Codes, Matrix};
 use crate::step::{self, Given, check_weights};
@@ -23,9 +23,9 @@ pub(crate) fn step_atoms<'py>(
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let (atoms, n_sites) = unit_atoms(atoms)?;
     let given = Given {
-        rows: arrays::rows(rows, n_sites)?,
+        rows: Held::new(rows)?.rows(n_sites)?,
         weight: vector(weight, "weight")?,
-        codes: arrays::rows(codes, atoms.len())?,
+        codes: Held::new(codes)?.rows(atoms.len())?,
         atoms,
     };
     let found = py.detach(|| step::step_atoms(given, threads));
@@ -45,12 +45,12 @@ pub(crate) fn sum_square<'py>(
 ) -> PyResult<Bound<'py, PyDict>> {
     let core = |error| errors::to_python(py, &error);
     let n_sites = width(atoms)?;
-    let atoms = square_rows::atoms(atoms, n_sites)?;
+    let atoms = crate::py::square::atoms(atoms, n_sites)?;
     let held = Held::new(rows)?;
     let sheet = held.sheet(n_sites)?;
     let weight = vector(weight, "weight")?;
     check_weights("weight", &weight, sheet.len()).map_err(core)?;
-    let codes = flat(&arrays::rows(codes, atoms.n_rows())?);
+    let codes = flat(&Held::new(codes)?.rows(atoms.n_rows())?);
     let share = py
         .detach(|| square::share(sheet, weight, atoms, codes, threads))
         .map_err(core)?;
@@ -72,7 +72,7 @@ pub(crate) fn step_square<'py>(
     threads: usize,
 ) -> PyResult<Bound<'py, PyArray2<f32>>> {
     let n_sites = width(atoms)?;
-    let atoms = square_rows::atoms(atoms, n_sites)?;
+    let atoms = crate::py::square::atoms(atoms, n_sites)?;
     let second = sums(second, "second", (atoms.n_rows(), atoms.n_rows()))?;
     let pull = sums(pull, "pull", (atoms.n_rows(), n_sites))?;
     let found = py.detach(|| square::step_atoms(atoms, second, pull, sweeps, threads));

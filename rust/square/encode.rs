@@ -2,12 +2,13 @@
 
 use crate::error::{Error, Result};
 use crate::parallel::Pool;
+use crate::params::check_size;
 use crate::square::coder::{Coder, Desk};
 use crate::square::correlate::{Block, Correlator, gram};
 use crate::square::gap::Gap;
 use crate::square::matrix::Matrix;
 use crate::square::panels::Panels;
-use crate::square::sheet::Draft;
+use crate::square::sheet::{Draft, LARGEST};
 use crate::square::thin::BLOCK;
 
 /// How rows are coded.
@@ -80,19 +81,28 @@ impl Codes {
     }
 }
 
-/// Checks atoms given from outside: finite and not negative.
+/// Checks atoms given from outside: not negative, and their squares finite.
 pub(crate) fn checked_atoms(flat: &[f32], n_sites: usize) -> Result<Matrix> {
     if flat.is_empty() || n_sites == 0 {
         return Err(Error::Empty { what: "atoms" });
     }
-    let bad = |value: &f32| !(0.0..f32::INFINITY).contains(value);
+    let n_atoms = flat.len().div_ceil(n_sites);
+    check_size(&[n_atoms], n_sites)?;
+    if flat.len() != n_atoms * n_sites {
+        return Err(Error::Length {
+            what: "atoms",
+            got: flat.len(),
+            expected: n_atoms * n_sites,
+        });
+    }
+    let bad = |value: &f32| !(0.0..=LARGEST).contains(value);
     match flat.iter().position(bad) {
         None => Ok(Matrix::from_flat(flat, n_sites)),
         Some(position) => Err(Error::Value {
             what: "atoms",
             got: flat[position].to_string(),
             position,
-            allowed: "finite and not negative",
+            allowed: "finite, not negative and at most 1e9",
         }),
     }
 }

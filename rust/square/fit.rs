@@ -4,6 +4,7 @@ use crate::error::Result;
 use crate::hierarchy::{Fit, FittedLevel};
 use crate::objective::Terms;
 use crate::parallel::Pool;
+use crate::params::check_size;
 use crate::rows::{Entry, Lists};
 use crate::square::encode::Codes;
 use crate::square::learner::{Learner, Running, Schedule, State};
@@ -49,12 +50,13 @@ struct Done {
 /// Fits the squared-error objective to rows; `watch` is told of every iteration.
 ///
 /// # Errors
-/// The threads cannot be started.
+/// More atoms than fit into memory, or threads that cannot be started.
 pub(crate) fn fit_square(
     sheet: Sheet,
     params: &ValidSquareParams,
     watch: &mut Watcher,
 ) -> Result<Fit> {
+    check_size(&params.atoms, sheet.n_sites())?;
     let stop = if sheet.is_zero() {
         StopReason::NothingToFit
     } else {
@@ -80,10 +82,9 @@ pub(crate) fn fit_square(
     let mut usages = vec![usage(&levels[0], None)];
     for (at, &n_atoms) in params.atoms.iter().enumerate().skip(1) {
         let above = &levels[at - 1];
-        let row_weights = usages[at - 1]
-            .iter()
-            .map(|usage| usage / sheet.len() as f64)
-            .collect();
+        let n_rows = above.codes.len() as f64;
+        let own = usage(above, None);
+        let row_weights = own.iter().map(|usage| usage / n_rows).collect();
         let done = shop.next(&above.atoms, row_weights, (at + 1, n_atoms))?;
         usages.push(usage(&done, Some(&usages[at - 1])));
         levels.push(done);

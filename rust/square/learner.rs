@@ -1,5 +1,6 @@
 //! Online dictionary learning: batches of rows, coded and added to sums that the atoms follow.
 
+use crate::error::{Error, Result};
 use crate::parallel::Pool;
 use crate::square::coder::Coder;
 use crate::square::correlate::gram;
@@ -12,6 +13,8 @@ use crate::square::slot::{Slot, Tools};
 use crate::square::statistics::Statistics;
 use crate::square::update::{BLOCK, Steps, most_promising, refresh_gram};
 
+/// More rows than anyone sees.
+const MOST_ROWS: u64 = 1 << 52;
 /// Rows between exchanges, for every atom.
 const SPACING: usize = 4;
 /// Rows for every atom before one that was put in may be exchanged again.
@@ -63,6 +66,36 @@ impl State {
             born: vec![0; atoms.n_rows()],
             exchanged: 0,
             atoms,
+        }
+    }
+
+    /// The same, if it can be the state of a learner: a file may hold anything.
+    ///
+    /// # Errors
+    /// [`Error::Value`] names the array.
+    pub fn check(self) -> Result<Self> {
+        let late = |&rows: &u64| rows > self.seen;
+        let scales = [self.sums.mass, self.sums.weight];
+        let sums = |value: &f32| !value.is_finite();
+        let weights = |value: &f32| !value.is_finite() || *value < 0.0;
+        let counts = [self.exchanged, self.seen, self.order.pass];
+        let found = [
+            ("second", self.sums.second.all().iter().position(sums)),
+            ("pull", self.sums.pull.all().iter().position(sums)),
+            ("first", self.sums.first.iter().position(sums)),
+            ("scales", scales.iter().position(weights)),
+            ("counts", counts.iter().position(|&count| count > MOST_ROWS)),
+            ("counts", Some(1).filter(|_| late(&self.exchanged))),
+            ("born", self.born.iter().position(late)),
+        ];
+        match found.iter().find_map(|(what, at)| at.map(|at| (*what, at))) {
+            None => Ok(self),
+            Some((what, position)) => Err(Error::Value {
+                what,
+                got: "what cannot be".into(),
+                position,
+                allowed: "as learn_square returned it",
+            }),
         }
     }
 }

@@ -20,6 +20,8 @@ mod correlate;
 mod drop;
 mod encode;
 mod fit;
+#[cfg(test)]
+mod fuzz;
 mod gap;
 mod learner;
 mod level;
@@ -37,11 +39,11 @@ mod step;
 mod thin;
 mod update;
 
-pub(crate) use encode::{Codes, Encoding, checked_atoms, encode};
+pub(crate) use encode::{Codes, checked_atoms, encode};
 pub(crate) use fit::fit_square;
-pub(crate) use learner::{Learner, Running, Schedule, State};
+pub(crate) use learner::{Learner, Running, State};
 pub(crate) use matrix::Matrix;
 pub(crate) use order::Order;
-pub(crate) use params::{SquareParams, demand, not_negative};
+pub(crate) use params::{EncodeParams, LearnParams, SquareParams};
 pub(crate) use sheet::{Draft, Sheet};
 pub(crate) use step::{share, step_atoms};

@@ -173,11 +173,14 @@ pub(crate) fn sum_of_squares(x: &[f32]) -> f32 {
 
 /// Scales values to Euclidean norm 1, unless all are zero.
 pub(crate) fn to_norm_one(values: &mut [f32]) {
-    let norm = sum_of_squares(values).sqrt();
-    if norm > 0.0 {
-        for value in values {
-            *value /= norm;
-        }
+    // By the largest first: squares of tiny values would lose their bits.
+    let largest = values
+        .iter()
+        .fold(0.0_f32, |most, value| most.max(value.abs()));
+    if largest > 0.0 {
+        values.iter_mut().for_each(|value| *value /= largest);
+        let norm = sum_of_squares(values).sqrt();
+        values.iter_mut().for_each(|value| *value /= norm);
     }
 }
 

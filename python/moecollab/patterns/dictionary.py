@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 
-from moecollab.errors import ConvergenceWarning, DataError, SettingsError
+from moecollab.errors import ConvergenceWarning, SettingsError
 from moecollab.patterns.codes import Codes
 from moecollab.patterns.collaboration import Collaboration, Level
 from moecollab.patterns.engines import found_levels, run_engine
 from moecollab.patterns.estimator import Estimator
+from moecollab.patterns.sizes import level_sizes
 from moecollab.patterns.storage import load_collaboration
 from moecollab.patterns.streaming import fit_streamed
+from moecollab.patterns.together import fit_together
 from moecollab.progress import track
 from moecollab.record.activations import Activations, Grain, Weights
 from moecollab.record.rows import Matrix, Rows
@@ -34,8 +36,7 @@ __all__ = ["HSDL", "Codes", "Collaboration", "Level", "load_collaboration"]
 Loss: TypeAlias = Literal["l1", "l2"]
 SPARSITY = {"l1": 1.0, "l2": 0.1}
 """λ₁ over λ₂ unless given."""
-ATOMS_PER_SITE = (0.3, 1.2)
-MOST_ATOMS = (512, 2048)
+DONE = ("tolerance", "max iterations")
 SMALLEST = float(np.finfo(np.float64).tiny)
 
 
@@ -174,16 +175,19 @@ class HSDL(Estimator):
         if self._must_stream(acts):
             folder = None if checkpoint is None else Path(checkpoint)
             return self._noted(fit_streamed(self, cast("Activations", acts), folder))
-        if isinstance(acts, Activations):
-            matrix = acts.rows(self.rows, self.weights)
-            layers, n_experts, digest = acts.layers, acts.n_experts, acts.digest()
-        else:
-            matrix = acts if isinstance(acts, Rows) else Rows.of(acts)
-            layers, n_experts, digest = (0,), matrix.n_sites, None
-        n_rows = len(matrix.indptr) - 1
-        atoms = self._atoms(n_rows, matrix.n_sites)
+        if not isinstance(acts, Activations):
+            return self._noted(self.fit_rows(acts if isinstance(acts, Rows) else Rows.of(acts)))
+        found = self.fit_rows(acts.rows(self.rows, self.weights))
+        digest = acts.digest()
+        return self._noted(
+            replace(found, layers=acts.layers, n_experts=acts.n_experts, activations=digest)
+        )
+
+    def fit_rows(self, rows: Rows, first: Level | None = None) -> Collaboration:
+        """Groups of sites in rows held in memory; below the atoms of level 1 if they are given."""
+        atoms = level_sizes(self.atoms, rows.n_rows, rows.n_sites)
         settings = asdict(self) | {"atoms": list(atoms), "sparsity": self._sparsity()}
-        found = self._run(matrix, settings)
+        found = self._run(rows, settings, first)
         del settings["threads"]
         levels, codes = found_levels(found, self.loss)
         collab = Collaboration(
@@ -191,12 +195,13 @@ class HSDL(Estimator):
             codes=codes,
             history=tuple(dict(row) for row in found["history"]),
             stop_reason=found["stop_reason"],
-            layers=tuple(layers),
-            n_experts=n_experts,
+            layers=(0,),
+            n_experts=rows.n_sites,
             settings=settings,
-            activations=digest,
         )
-        return self._noted(collab)
+        if self.loss == "l2" and len(atoms) > 1 and collab.stop_reason in DONE:
+            return fit_together(collab, rows, self.threads)
+        return collab
 
     def _sparsity(self) -> float:
         """λ₁ as given, or what goes with λ₂."""
@@ -257,19 +262,7 @@ class HSDL(Estimator):
                 replace(self).set_params(**{name: value})
         return run_sweep(self, acts, grid, seeds=seeds, held_out=held_out)
 
-    def _atoms(self, n_rows: int, n_sites: int) -> tuple[int, ...]:
-        """Atoms of each level, checked against the number of rows."""
-        if n_rows < 1:
-            raise DataError("there are no rows to fit; record some text first")
-        if self.atoms is None:
-            pairs = zip(ATOMS_PER_SITE, MOST_ATOMS, strict=True)
-            wanted = [min(math.ceil(round(share * n_sites, 9)), most) for share, most in pairs]
-            return (min(wanted[0], n_rows), wanted[1])
-        if self.atoms[0] > n_rows:
-            raise SettingsError("atoms", self.atoms, f"at most {n_rows} at level 1, one per row")
-        return tuple(int(n_atoms) for n_atoms in self.atoms)
-
-    def _run(self, matrix: Rows, settings: dict[str, Any]) -> Fit:
+    def _run(self, matrix: Rows, settings: dict[str, Any], first: Level | None) -> Fit:
         with track("fit patterns") as bar:
 
             def watch(row: HistoryRow) -> None:
@@ -277,7 +270,7 @@ class HSDL(Estimator):
                 live = f"{row['live']} atoms in use"
                 bar.remark(f"{row['stage']}: objective {row['total']:.6g}, {live}")
 
-            return run_engine(matrix, settings, watch)
+            return run_engine(matrix, settings, watch, first)
 
 
 def _check_atoms(atoms: object) -> None:

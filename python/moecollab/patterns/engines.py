@@ -22,8 +22,13 @@ PASSES = 8.0
 CODE_TOLERANCE = 1e-4
 
 
-def run_engine(rows: Rows, settings: Mapping[str, Any], watch: Callable[[HistoryRow], None]) -> Fit:
-    """What the solver of ``settings["loss"]`` finds in rows."""
+def run_engine(
+    rows: Rows,
+    settings: Mapping[str, Any],
+    watch: Callable[[HistoryRow], None],
+    first: Level | None = None,
+) -> Fit:
+    """What the solver of ``settings["loss"]`` finds in rows; "l1" also below a given level 1."""
     from moecollab._core import fit_dictionary, fit_square
 
     arrays = (rows.indptr, rows.sites, rows.values)
@@ -38,7 +43,8 @@ def run_engine(rows: Rows, settings: Mapping[str, Any], watch: Callable[[History
         "threads": settings["threads"] or 0,
     }
     if settings["loss"] == "l1":
-        return fit_dictionary(arrays, rows.n_sites, common, watch)
+        start = None if first is None else (first.atoms, first.peak.astype(np.float32))
+        return fit_dictionary(arrays, rows.n_sites, common, watch, start)
     return fit_square(arrays, rows.n_sites, {**common, "passes": PASSES, "batch": 0}, watch)
 
 

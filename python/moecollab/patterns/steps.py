@@ -9,6 +9,7 @@ put the atoms, and the next atoms are the means of these, weighted by use.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
@@ -58,15 +59,6 @@ class Levels:
         return _positive(self.stages[0].atoms.max(axis=1, initial=0.0).astype(np.float64))
 
 
-@dataclass(frozen=True)
-class Task:
-    """Rows to be coded: the weight of each, and the fraction of all rows that they are."""
-
-    rows: Rows
-    weight: Vector
-    part: float = 1.0
-
-
 class Steps(Protocol):
     """What the two losses do differently."""
 
@@ -83,8 +75,8 @@ class Steps(Protocol):
     def code(self, rows: Rows, stage: Stage) -> Codes:
         """Codes of rows, from nothing, under the stage's caps."""
 
-    def share(self, task: Task, stage: Stage, codes: Codes, pull: Pull | None) -> Arrays:
-        """What coded rows add: ``cost``, their weighted error, and sums the next atoms need."""
+    def share(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
+        """What coded rows add: ``cost``, their weighted error, and what the next atoms need."""
 
     def move(self, stage: Stage, total: Arrays, pull: Pull | None) -> Atoms:
         """The next atoms from what all rows add up to."""
@@ -122,19 +114,16 @@ class Absolute:
         """Codes by exact coordinate steps."""
         return absolute_codes(rows, (stage.atoms, stage.caps), self.settings, self.threads)
 
-    def share(self, task: Task, stage: Stage, codes: Codes, pull: Pull | None) -> Arrays:
+    def share(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
         """Where these rows would put the atoms."""
         from moecollab._core import step_atoms
 
-        used = np.bincount(codes.atom, codes.value * task.weight[codes.row], len(stage.atoms))
-        goal = None if pull is None else (used, pull.atoms)
-        rows, parts = task.rows, (codes.indptr, codes.atom, codes.value)
-        arrays = (rows.indptr, rows.sites, rows.values)
-        moved = step_atoms(arrays, task.weight, stage.atoms, parts, goal, self.threads)
-        cost = absolute_error(stage.atoms, rows, codes, task.weight)
+        arrays, parts = (rows.indptr, rows.sites, rows.values), _parts(codes)
+        moved = step_atoms(arrays, weight, stage.atoms, parts, self.threads)
+        cost = absolute_error(stage.atoms, rows, codes, weight)
         return {"cost": np.array([cost]), "moved": moved}
 
-    def move(self, stage: Stage, total: Arrays, pull: Pull | None) -> Atoms:  # noqa: ARG002 (each block was pulled)
+    def move(self, stage: Stage, total: Arrays, pull: Pull | None) -> Atoms:  # noqa: ARG002 (level 1 moves alone)
         """The blocks have said where."""
         found: Atoms = total["moved"].astype(np.float32)
         return found
@@ -160,13 +149,12 @@ class Squared:
         """Codes by coordinate descent on the Gram matrix."""
         return squared_codes(rows, (stage.atoms, stage.caps), self.settings, self.threads)
 
-    def share(self, task: Task, stage: Stage, codes: Codes, pull: Pull | None) -> Arrays:  # noqa: ARG002 (the pull comes with the step)
+    def share(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
         """A, U and half the squared error."""
         from moecollab._core import sum_square
 
-        rows, parts = task.rows, (codes.indptr, codes.atom, codes.value)
-        arrays = (rows.indptr, rows.sites, rows.values)
-        found = sum_square(arrays, task.weight, stage.atoms, parts, self.threads)
+        arrays, parts = (rows.indptr, rows.sites, rows.values), _parts(codes)
+        found = sum_square(arrays, weight, stage.atoms, parts, self.threads)
         second, drawn = found["second"].astype(np.float64), found["pull"].astype(np.float64)
         return {"cost": found["cost"][1:], "second": second, "pull": drawn}
 
@@ -246,20 +234,17 @@ def _follow(stage: Stage, above: Atoms, weight: Vector, steps: Steps) -> Stage:
     def cost(made: Stage) -> float:
         return total(steps.settings, _finer_terms(made, above, weight, steps))
 
-    best = min((stage, _linked(stage, steps.code(rows, stage))), key=cost)
-    print("start", cost(stage), cost(best))
-    while True:
-        sums = steps.share(Task(rows, weight), best, _codes(best), None)
-        atoms = steps.move(best, sums, None)
+    def better(made: Stage) -> Stage:
+        return min((made, _with_links(made, _dense(steps.code(rows, made), made))), key=cost)
+
+    best, gain = better(stage), math.inf
+    while gain > steps.settings["tolerance"] * cost(best):
+        atoms = steps.move(best, steps.share(rows, weight, best, _codes(best)), None)
         moved, factor = full_scale(replace(best, atoms=atoms), steps)
-        moved = _with_links(moved, (best.links * factor).astype(np.float32))
-        now = min((moved, _linked(moved, steps.code(rows, moved))), key=cost)
-        print(cost(moved), cost(now))
+        now = better(_with_links(moved, (_links(best) * factor).astype(np.float32)))
         gain = cost(best) - cost(now)
-        if gain > 0:
-            best = now
-        if gain <= steps.settings["tolerance"] * cost(best):
-            return best
+        best = now if gain > 0 else best
+    return best
 
 
 def weighted_median(values: Atoms, weight: Vector, old: Atoms) -> Atoms:
@@ -299,27 +284,32 @@ def _weight(stages: Sequence[Stage], use: Vector) -> Vector:
 
 
 def _finer_terms(stage: Stage, above: Atoms, weight: Vector, steps: Steps) -> tuple[float, ...]:
-    links = np.zeros((len(above), len(stage.atoms))) if stage.links is None else stage.links
-    rest = above - links.astype(np.float64) @ stage.atoms.astype(np.float64)
-    use = links.sum(axis=1, dtype=np.float64)
-    return float(stage.caps.sum()), float(weight @ use), float(weight @ steps.errors(rest))
+    links = _links(stage).astype(np.float64)
+    rest = above - links @ stage.atoms.astype(np.float64)
+    use, errors = links.sum(axis=1), steps.errors(rest)
+    return float(stage.caps.sum()), float(weight @ use), float(weight @ errors)
 
 
-def _linked(stage: Stage, codes: Codes) -> Stage:
-    return _with_links(stage, codes.matrix(len(stage.atoms)).toarray())
+def _links(stage: Stage) -> Atoms:
+    return np.zeros((0, len(stage.atoms)), np.float32) if stage.links is None else stage.links
 
 
 def _with_links(stage: Stage, links: Atoms) -> Stage:
     return replace(stage, links=links, caps=links.max(axis=0, initial=0.0).astype(np.float64))
 
 
+def _dense(codes: Codes, stage: Stage) -> Atoms:
+    found: Atoms = codes.matrix(len(stage.atoms)).toarray()
+    return found
+
+
 def _codes(stage: Stage) -> Codes:
-    links = Rows.of(stage.links)
+    links = Rows.of(_links(stage))
     return Codes(links.indptr, links.sites, links.values)
 
 
-def _used(stage: Stage) -> Vector:
-    return stage.links.sum(axis=0, dtype=np.float64)
+def _parts(codes: Codes) -> tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]:
+    return codes.indptr, codes.atom, codes.value
 
 
 def _positive(values: Vector) -> Vector:
