@@ -72,8 +72,8 @@ def verdict(losses: dict[str, pl.DataFrame]) -> str:
             seed, noise, half = own["seed", 0.0], own["noise", 0.1], own["rows", 0.5]
             words = "hold" if min(seed, noise, half) > 0.5 else "do not hold"
             lines.append(
-                f"Level {level} under {loss}: groups {words}; {seed:.0%} of their use is found again "
-                f"with another seed, {noise:.0%} with a tenth of the routes redrawn, {half:.0%} in "
+                f"Level {level} under {loss}: groups {words}; {seed:.0%} of their use is found "
+                f"again with another seed, {noise:.0%} with a tenth of the routes redrawn, {half:.0%} in "
                 f"half of the rows, {own['noise', 0.99]:.0%} where next to nothing of the routing "
                 "is left."
             )

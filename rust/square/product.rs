@@ -281,4 +281,20 @@ mod tests {
         );
         assert!((sum_of_squares(&x) - 2109.0).abs() < 1e-3);
     }
+
+    #[test]
+    fn tiny_and_large_values_have_norm_one() {
+        for size in [1e-44_f32, 1e-30, 1e-22, 1.0, 1e9, 1e30] {
+            let mut values = [3.0 * size, 4.0 * size];
+            to_norm_one(&mut values);
+            let close = |value: f32, expected: f32| (value - expected).abs() < 0.1;
+            assert!(
+                close(values[0], 0.6) && close(values[1], 0.8),
+                "{size} {values:?}"
+            );
+        }
+        let mut zeros = [0.0_f32; 2];
+        to_norm_one(&mut zeros);
+        assert!(zeros.iter().all(|value| value.to_bits() == 0));
+    }
 }
