@@ -178,9 +178,14 @@ pub(crate) fn to_norm_one(values: &mut [f32]) {
         .iter()
         .fold(0.0_f32, |most, value| most.max(value.abs()));
     if largest > 0.0 {
-        values.iter_mut().for_each(|value| *value /= largest);
-        let norm = sum_of_squares(values).sqrt();
-        values.iter_mut().for_each(|value| *value /= norm);
+        divide(values, largest);
+        divide(values, sum_of_squares(values).sqrt());
+    }
+}
+
+fn divide(values: &mut [f32], by: f32) {
+    for value in values {
+        *value /= by;
     }
 }
 
