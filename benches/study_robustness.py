@@ -73,9 +73,9 @@ def verdict(losses: dict[str, pl.DataFrame]) -> str:
             words = "hold" if min(seed, noise, half) > 0.5 else "do not hold"
             lines.append(
                 f"Level {level} under {loss}: groups {words}; {seed:.0%} of their use is found "
-                f"again with another seed, {noise:.0%} with a tenth of the routes redrawn, {half:.0%} in "
-                f"half of the rows, {own['noise', 0.99]:.0%} where next to nothing of the routing "
-                "is left."
+                f"again with another seed, {noise:.0%} with a tenth of the routes redrawn, "
+                f"{half:.0%} in half of the rows, {own['noise', 0.99]:.0%} where next to nothing "
+                "of the routing is left."
             )
     return "\n\n".join(lines)
 
