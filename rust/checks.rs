@@ -1,5 +1,10 @@
 //! Checks of sparse rows as they enter: every door uses these.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector instructions reach only what is inlined into a dispatched function"
+)]
+
 use pulp::Arch;
 
 use crate::error::{Error, Result};

@@ -88,6 +88,9 @@ fn code(level: &mut Level, pool: &Pool, lambda: Lambda) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::objective::terms;
+    use crate::rows::Rows;
+    use crate::update::update;
 
     #[test]
     fn samples_grow_to_less_than_half_of_the_rows() {
@@ -96,5 +99,48 @@ mod tests {
         assert_eq!(sample_sizes(25_028, 512), [4096]);
         assert_eq!(sample_sizes(604_109, 512), [4096, 32_768, 262_144]);
         assert_eq!(sample_sizes(604_109, 4096), [32_768, 262_144]);
+    }
+
+    /// Rows of three sites that overlap, `times` times over; each copy weighs less.
+    fn overlapping(times: usize) -> Level {
+        let row = |at: usize| {
+            let entry = |place: usize| Entry {
+                index: ((at + place) % 12) as u32,
+                value: 0.25 * ((at * 7 + place * 3) % 5 + 1) as f32,
+            };
+            let mut row: Vec<Entry> = (0..3).map(entry).collect();
+            row.sort_by_key(|entry| entry.index);
+            row
+        };
+        let lists = (0..40 * times).map(|at| row(at / times)).collect();
+        let weight = vec![1.0 / (40 * times) as f64; 40 * times];
+        Level::empty(Target::new(Rows::from_lists(&lists, 12), weight), 8)
+    }
+
+    #[test]
+    fn rows_twice_have_the_same_codes_atoms_and_objective() {
+        let pool = Pool::new(1).unwrap();
+        let lambda = Lambda {
+            dictionary_size: 1.0,
+            sparsity: 0.5,
+            reconstruction: 30.0,
+        };
+        let mut begin = overlapping(1);
+        start_from_rows(&mut begin, &pool, lambda, &mut Rng::new(1, 0, 0));
+        let (mut once, mut twice) = (overlapping(1), overlapping(2));
+        start_from_level(&mut once, &pool, lambda, begin.clone());
+        start_from_level(&mut twice, &pool, lambda, begin);
+        for _ in 0..4 {
+            for (row, codes) in twice.codes.iter().enumerate() {
+                assert_eq!(codes, &once.codes[row / 2]);
+            }
+            let totals = [&once, &twice].map(|level| terms(level, &pool, lambda).total);
+            assert!((totals[0] - totals[1]).abs() <= 1e-9 * totals[0]);
+            for level in [&mut once, &mut twice] {
+                update(level, &pool, None);
+                code(level, &pool, lambda);
+            }
+            assert_eq!(once.dictionary.atoms(), twice.dictionary.atoms());
+        }
     }
 }

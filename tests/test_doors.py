@@ -1,4 +1,4 @@
-"""The doors of the Rust core that take rows: what is wrong is told in a sentence, without a panic."""
+"""The doors of the Rust core: what is wrong with rows or settings is told in a sentence."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_sites_out_of_range_twice_or_out_of_order_are_refused(enter, sites):
 @door(DOORS)
 def test_pointers_that_do_not_fit_are_refused(enter):
     for pointers in ([0, 2, 1, 3], [0, -1, 3], [-1, 2, 3]):
-        with pytest.raises(DataError, match="indptr holds -?1 at position .* ascending from 0"):
+        with pytest.raises(DataError, match=r"indptr holds -?1 at position .* ascending from 0"):
             enter(changed(0, np.array(pointers)), 3)
     for pointers in ([0, 2], [1, 2, 3], [0, 2, 4], [0, 2, 2**62]):
         with pytest.raises(ShapeError, match="sites has length 3, expected"):
@@ -146,7 +146,7 @@ def test_atoms_of_another_kind_are_refused(enter):
     for bad in (np.nan, np.inf, -1.0, 1e30):
         atoms = ATOMS.copy()
         atoms[1, 0] = bad
-        with pytest.raises(DataError, match="atoms holds .* at position 3"):
+        with pytest.raises(DataError, match=r"atoms holds .* at position 3"):
             enter(atoms)
 
 
@@ -190,7 +190,7 @@ def test_passes_and_sizes_are_checked():
     for name in ("passes", "dictionary_size"):
         with pytest.raises(SettingsError, match=f"{name} is"):
             call(FIT | {name: -1.0})
-    with pytest.raises(SettingsError, match="sparsity is .* at most 1e30 times reconstruction"):
+    with pytest.raises(SettingsError, match=r"sparsity is .* at most 1e30 times reconstruction"):
         call(FIT | {"sparsity": 1e300, "reconstruction": 1e-300})
     for share in (0.0, 1.5):
         with pytest.raises(SettingsError, match="share is"):
@@ -222,8 +222,8 @@ def test_a_learner_state_that_cannot_be_is_refused():
         bad[place] = 2**60
         with pytest.raises(DataError, match=f"{name} holds .* at position"):
             _core.learn_square(ROWS, 3, state | {name: bad}, LEARNING)
+    lacking = {key: array for key, array in state.items() if key != "second"}
     with pytest.raises(KeyError, match="second"):
-        lacking = {key: array for key, array in state.items() if key != "second"}
         _core.learn_square(ROWS, 3, lacking, LEARNING)
     for wrong in (state["pull"].astype(np.float64), state["pull"][:1].copy()):
         with pytest.raises(ShapeError, match="pull"):
@@ -238,7 +238,7 @@ def test_caps_that_do_not_fit_are_refused(caps):
 
 def test_peaks_that_do_not_fit_are_refused():
     for peak in (np.ones(1), np.array([1, np.nan]), np.array([1, -1])):
-        with pytest.raises((ShapeError, DataError), match="atoms|peak"):
+        with pytest.raises((ShapeError, DataError), match=r"atoms|peak"):
             _core.encode(ROWS, ATOMS, peak.astype(np.float32), 0.1, 1)
     for ratio in (-1.0, np.nan, np.inf):
         with pytest.raises(SettingsError, match="ratio"):

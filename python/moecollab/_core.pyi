@@ -21,7 +21,7 @@ __all__ = [
     "sum_square",
 ]
 
-SparseRows: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]
+_SparseRows: TypeAlias = tuple[NDArray[np.int64], NDArray[np.uint32], NDArray[np.float32]]
 """Row pointers int64 (n_rows + 1,), sites uint32 (nnz,) ascending within a row, values float32
 (nnz,), finite and not negative. Arrays are C-contiguous; `n_sites` is at most 2^24."""
 
@@ -146,7 +146,7 @@ class LearnerStart(TypedDict):
     atoms: NDArray[np.float32]
 
 def fit_dictionary(
-    rows: SparseRows,
+    rows: _SparseRows,
     n_sites: int,
     settings: FitSettings,
     watch: Callable[[HistoryRow], object],
@@ -156,7 +156,7 @@ def fit_dictionary(
 
     Parameters
     ----------
-    rows : SparseRows
+    rows : _SparseRows
         What to fit.
     n_sites : int
         Number of sites.
@@ -171,7 +171,7 @@ def fit_dictionary(
     """
 
 def encode(
-    rows: SparseRows,
+    rows: _SparseRows,
     atoms: NDArray[np.float32],
     peak: NDArray[np.float32],
     ratio: float,
@@ -181,7 +181,7 @@ def encode(
 
     Parameters
     ----------
-    rows : SparseRows
+    rows : _SparseRows
         What to code.
     atoms : float32 array of shape (n_atoms, n_sites)
         Atoms, in [0, 1].
@@ -257,7 +257,7 @@ class MinedSets(TypedDict):
     log10_p: NDArray[np.float64]
 
 def mine_pairs(
-    rows: SparseRows,
+    rows: _SparseRows,
     n_sites: int,
     strata: NDArray[np.uint32] | None,
     settings: MiningSettings,
@@ -267,7 +267,7 @@ def mine_pairs(
 
     Parameters
     ----------
-    rows : SparseRows
+    rows : _SparseRows
         A site is active where its value is above 0.
     n_sites : int
         Number of sites.
@@ -280,7 +280,7 @@ def mine_pairs(
     """
 
 def mine_sets(
-    rows: SparseRows,
+    rows: _SparseRows,
     n_sites: int,
     strata: NDArray[np.uint32] | None,
     settings: MiningSettings,
@@ -298,7 +298,7 @@ def mine_sets(
     """
 
 def count_sets(
-    rows: SparseRows,
+    rows: _SparseRows,
     n_sites: int,
     sets: NDArray[np.uint32],
     threads: int,
@@ -306,7 +306,7 @@ def count_sets(
     """How many rows hold all sites of each set (n_sets, size): array of shape (n_sets,)."""
 
 def fit_square(
-    rows: SparseRows,
+    rows: _SparseRows,
     n_sites: int,
     settings: SquareSettings,
     watch: Callable[[HistoryRow], object],
@@ -322,7 +322,7 @@ def fit_square(
 
     Parameters
     ----------
-    rows : SparseRows
+    rows : _SparseRows
         Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.
@@ -335,7 +335,7 @@ def fit_square(
     """
 
 def encode_square(
-    rows: SparseRows,
+    rows: _SparseRows,
     n_sites: int,
     atoms: NDArray[np.float32],
     settings: EncodeSettings,
@@ -346,7 +346,7 @@ def encode_square(
 
     Parameters
     ----------
-    rows : SparseRows
+    rows : _SparseRows
         Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.
@@ -359,7 +359,7 @@ def encode_square(
     """
 
 def learn_square(
-    rows: SparseRows,
+    rows: _SparseRows,
     n_sites: int,
     state: LearnerStart | LearnerState,
     settings: LearnSettings,
@@ -372,7 +372,7 @@ def learn_square(
 
     Parameters
     ----------
-    rows : SparseRows
+    rows : _SparseRows
         Values at most 1e9; nothing is copied.
     n_sites : int
         Number of sites.

@@ -138,13 +138,14 @@ fn watched<'py>(
             }
         })
     });
-    match failure {
-        Some(error) => Err(error),
-        None => {
-            let found = result.map_err(|error| errors::to_python(py, &error))?;
-            plain(py, &found, n_sites)
-        }
+    if let Some(error) = failure {
+        return Err(error);
     }
+    plain(
+        py,
+        &result.map_err(|error| errors::to_python(py, &error))?,
+        n_sites,
+    )
 }
 
 /// Shows a record; false when the user has pressed Ctrl-C.

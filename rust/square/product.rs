@@ -178,9 +178,14 @@ pub(crate) fn to_norm_one(values: &mut [f32]) {
         .iter()
         .fold(0.0_f32, |most, value| most.max(value.abs()));
     if largest > 0.0 {
-        values.iter_mut().for_each(|value| *value /= largest);
-        let norm = sum_of_squares(values).sqrt();
-        values.iter_mut().for_each(|value| *value /= norm);
+        divide(values, largest);
+        divide(values, sum_of_squares(values).sqrt());
+    }
+}
+
+fn divide(values: &mut [f32], by: f32) {
+    for value in values {
+        *value /= by;
     }
 }
 
@@ -280,5 +285,21 @@ mod tests {
                 .all(|(i, y)| (y - (1.0 + 2.0 * i as f32)).abs() < 1e-6)
         );
         assert!((sum_of_squares(&x) - 2109.0).abs() < 1e-3);
+    }
+
+    #[test]
+    fn tiny_and_large_values_have_norm_one() {
+        for size in [1e-44_f32, 1e-30, 1e-22, 1.0, 1e9, 1e30] {
+            let mut values = [3.0 * size, 4.0 * size];
+            to_norm_one(&mut values);
+            let close = |value: f32, expected: f32| (value - expected).abs() < 0.1;
+            assert!(
+                close(values[0], 0.6) && close(values[1], 0.8),
+                "{size} {values:?}"
+            );
+        }
+        let mut zeros = [0.0_f32; 2];
+        to_norm_one(&mut zeros);
+        assert!(zeros.iter().all(|value| value.to_bits() == 0));
     }
 }

@@ -147,3 +147,83 @@ impl WithSimd for AddRows<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::Rng;
+    use crate::square::encode::Codes;
+    use crate::square::sheet::Sheet;
+
+    const ROWS: usize = 3 * Slot::ROWS;
+
+    fn random(n_rows: usize, width: usize, seed: u64) -> Matrix {
+        let mut rng = Rng::new(seed, 0, 0);
+        let flat: Vec<f32> = (0..n_rows * width).map(|_| rng.uniform() as f32).collect();
+        Matrix::from_flat(&flat, width)
+    }
+
+    /// Sums of some slots of 144 rows over 10 sites, with codes of 5 atoms.
+    fn sums(slots: std::ops::Range<usize>, threads: usize) -> Statistics {
+        let (rows, codes, atoms) = (random(ROWS, 10, 1), random(ROWS, 5, 2), random(5, 10, 3));
+        let starts: Vec<i64> = (0..=ROWS as i64).map(|row| 10 * row).collect();
+        let sites: Vec<u32> = (0..10 * ROWS as u32).map(|at| at % 10).collect();
+        let values = rows.flat();
+        let sheet = Sheet::new(&starts, &sites, &values, 10).unwrap();
+        let mut all = Codes::new();
+        (0..ROWS).for_each(|row| all.push(&codes.row(row)[..5]));
+        let weights = vec![1.0; ROWS];
+        let taken = slots.map(|at| {
+            let mut slot = Slot::new(5, 10);
+            let rows = at * Slot::ROWS..(at + 1) * Slot::ROWS;
+            slot.take(&sheet, rows, &all, &weights, &atoms);
+            slot
+        });
+        let mut sums = Statistics::new(5, 10);
+        sums.add(&taken.collect::<Vec<_>>(), &Pool::new(threads).unwrap());
+        sums
+    }
+
+    fn values(sums: &Statistics) -> Vec<f32> {
+        let mut all = sums.second.flat();
+        all.extend(sums.pull.flat());
+        all.extend(&sums.first);
+        all.push(sums.mass);
+        all
+    }
+
+    #[test]
+    fn sums_of_shards_add_up_to_one_pass() {
+        let whole = values(&sums(0..3, 1));
+        let (one, other) = (values(&sums(0..1, 1)), values(&sums(1..3, 1)));
+        for ((whole, one), other) in whole.iter().zip(&one).zip(&other) {
+            assert!((whole - one - other).abs() <= 2e-5 * whole.abs().max(1.0));
+        }
+        for threads in [2, 3, 8] {
+            assert_eq!(whole, values(&sums(0..3, threads)));
+        }
+    }
+
+    #[test]
+    fn sums_are_those_of_the_definition() {
+        let (rows, codes, atoms) = (random(ROWS, 10, 1), random(ROWS, 5, 2), random(5, 10, 3));
+        let found = sums(0..3, 1);
+        let code = |row: usize, atom: usize| f64::from(codes.row(row)[atom]);
+        let rest = |row: usize, site: usize| {
+            let made = (0..5).map(|atom| code(row, atom) * f64::from(atoms.row(atom)[site]));
+            f64::from(rows.row(row)[site]) - made.sum::<f64>()
+        };
+        for atom in 0..5 {
+            for other in 0..5 {
+                let second: f64 = (0..ROWS)
+                    .map(|row| code(row, atom) * code(row, other))
+                    .sum();
+                assert!((f64::from(found.second.row(atom)[other]) - second).abs() < 1e-3);
+            }
+            for site in 0..10 {
+                let pull: f64 = (0..ROWS).map(|row| code(row, atom) * rest(row, site)).sum();
+                assert!((f64::from(found.pull.row(atom)[site]) - pull).abs() < 1e-3);
+            }
+        }
+    }
+}

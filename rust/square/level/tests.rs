@@ -102,3 +102,45 @@ fn an_atom_that_does_not_pay_is_gone() {
     );
     assert!((off.terms.total - 2.0).abs() < 1e-6);
 }
+
+#[test]
+fn rows_twice_change_nothing() {
+    let (starts, sites, values) = random(60, 20, 4);
+    let mut doubled = (starts.clone(), sites.clone(), values.clone());
+    let offset = starts[starts.len() - 1];
+    doubled
+        .0
+        .extend(starts[1..].iter().map(|start| start + offset));
+    doubled.1.extend(&sites);
+    doubled.2.extend(&values);
+    let weights = Weights {
+        size: 0.2,
+        sparsity: 0.1,
+        reconstruction: 1.5,
+    };
+    let pool = Pool::new(1).unwrap();
+    let mut rng = Rng::new(4, 1, 0);
+    let flat: Vec<f32> = (0..8 * 20).map(|_| 0.3 * rng.uniform() as f32).collect();
+    let begin = |(starts, sites, values): &'_ (Vec<i64>, Vec<u32>, Vec<f32>)| {
+        let sheet = Sheet::new(starts, sites, values, 20).unwrap();
+        let row_weights = vec![1.0 / sheet.len() as f64; sheet.len()];
+        let atoms = Matrix::from_flat(&flat, 20);
+        let mut level = Level::new(sheet, row_weights, atoms, weights, &pool);
+        let mut totals = vec![level.terms.total];
+        for _ in 0..6 {
+            level.improve(&pool);
+            totals.push(level.terms.total);
+        }
+        (totals, level.atoms.flat(), level.peaks.clone())
+    };
+    let (once, twice) = (begin(&(starts, sites, values)), begin(&doubled));
+    for (a, b) in once.0.iter().zip(&twice.0) {
+        assert!((a - b).abs() <= 1e-5 * a, "{a} {b}");
+    }
+    let pairs = once.1.iter().zip(&twice.1);
+    assert!(
+        pairs
+            .chain(once.2.iter().zip(&twice.2))
+            .all(|(a, b)| (a - b).abs() < 2e-3)
+    );
+}
