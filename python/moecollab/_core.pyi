@@ -399,10 +399,10 @@ class SquareShare(TypedDict):
     cost: NDArray[np.float64]
 
 def step_atoms(
-    rows: SparseRows,
+    rows: _SparseRows,
     weight: NDArray[np.float64],
     atoms: NDArray[np.float32],
-    codes: SparseRows,
+    codes: _SparseRows,
     threads: int,
 ) -> NDArray[np.float32]:
     """Better atoms in [0, 1] for rows whose codes stay: float32 (n_atoms, n_sites).
@@ -424,10 +424,10 @@ def step_atoms(
     """
 
 def sum_square(
-    rows: SparseRows,
+    rows: _SparseRows,
     weight: NDArray[np.float64],
     atoms: NDArray[np.float32],
-    codes: SparseRows,
+    codes: _SparseRows,
     threads: int,
 ) -> SquareShare:
     """A = Σ w r'r (n_atoms, n_atoms) and U = Σ w r'(x − r D) (n_atoms, n_sites) of some rows.
