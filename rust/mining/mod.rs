@@ -1,15 +1,22 @@
 //! Exhaustive mining: exact counts of all pairs and larger sets of sites, and what chance gives.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector instructions reach only what is inlined into a dispatched function"
+)]
+
+mod adder;
 mod baskets;
 mod best;
 mod bitmaps;
 mod chance;
+mod columns;
 mod pairs;
-mod popcount;
 mod set_chance;
 mod sets;
 mod strata;
 mod tails;
+mod tally;
 mod within;
 
 use crate::error::{Error, Result};

@@ -1,0 +1,130 @@
+//! Lists of the rows that hold each site, out of the rows' bits.
+
+use pulp::{Arch, Simd, WithSimd};
+
+use super::adder::{GROUP, Line, SITES, WORDS};
+
+/// Words between two columns beyond their length: their starts share few cache sets.
+const APART: usize = 8;
+
+/// For each site the rows that hold it, filled up to whole groups with one row that holds none.
+#[derive(Debug, Default)]
+pub(super) struct Columns {
+    lists: Vec<[u16; GROUP]>,
+    starts: Vec<u32>,
+    /// Bits of each place, one column after the other; scratch memory.
+    bits: Vec<u64>,
+}
+
+impl Columns {
+    /// Takes up other rows; `lines` are all lines of the first 512 places, then of the next.
+    ///
+    /// The last line of each is empty and fills up the lists. Places before `first` have no list.
+    pub fn fill(&mut self, lines: &[Line], n_lines: usize, first: usize, n_entries: usize) {
+        Arch::new().dispatch(Fill {
+            columns: self,
+            lines,
+            n_lines,
+            first,
+            n_entries,
+        });
+    }
+
+    /// Rows that hold the site.
+    pub fn list(&self, site: usize) -> &[[u16; GROUP]] {
+        &self.lists[self.starts[site] as usize..self.starts[site + 1] as usize]
+    }
+}
+
+pub(super) struct Fill<'a> {
+    pub columns: &'a mut Columns,
+    pub lines: &'a [Line],
+    pub n_lines: usize,
+    pub first: usize,
+    pub n_entries: usize,
+}
+
+impl WithSimd for Fill<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let empty = self.n_lines - 1;
+        let n_words = empty.div_ceil(64);
+        let width = n_words + APART;
+        let n_places = self.lines.len() / self.n_lines * SITES;
+        let Columns {
+            lists,
+            starts,
+            bits,
+        } = self.columns;
+        bits.resize(n_places * width, 0);
+        for (chunk, lines) in self.lines.chunks_exact(self.n_lines).enumerate() {
+            for (at, rows) in lines[..empty].chunks(64).enumerate() {
+                turn(rows, &mut bits[chunk * SITES * width + at..], width);
+            }
+        }
+        let most = self.n_entries + (n_places - self.first + 1) * GROUP;
+        lists.resize(most.div_ceil(GROUP), [0; GROUP]);
+        let flat = lists.as_flattened_mut();
+        let mut end = 0;
+        starts.clear();
+        starts.push(0);
+        for place in self.first..n_places {
+            let start = end;
+            for (at, &word) in bits[place * width..][..n_words].iter().enumerate() {
+                end = ones(word, (at * 64) as u16, flat, end);
+            }
+            let full = start + (end - start).next_multiple_of(GROUP);
+            flat[end..full].fill(empty as u16);
+            end = full;
+            starts.push((end / GROUP) as u32);
+        }
+    }
+}
+
+/// Writes the places of a word's ones; gives the end. Writes eight at a time, so up to 7 beyond.
+#[inline(always)]
+fn ones(mut word: u64, first: u16, out: &mut [u16], start: usize) -> usize {
+    let end = start + word.count_ones() as usize;
+    for at in (start..end).step_by(8) {
+        for place in &mut out[at..at + 8] {
+            *place = first + word.trailing_zeros() as u16;
+            word &= word.wrapping_sub(1);
+        }
+    }
+    end
+}
+
+/// Columns of up to 64 lines: one word of each, `width` words apart.
+#[inline(always)]
+fn turn(rows: &[Line], out: &mut [u64], width: usize) {
+    let mut square = [Line::default(); 64];
+    square[..rows.len()].copy_from_slice(rows);
+    swap::<32>(&mut square, 0x0000_0000_FFFF_FFFF);
+    swap::<16>(&mut square, 0x0000_FFFF_0000_FFFF);
+    swap::<8>(&mut square, 0x00FF_00FF_00FF_00FF);
+    swap::<4>(&mut square, 0x0F0F_0F0F_0F0F_0F0F);
+    swap::<2>(&mut square, 0x3333_3333_3333_3333);
+    swap::<1>(&mut square, 0x5555_5555_5555_5555);
+    for word in 0..WORDS {
+        for (bit, line) in square.iter().enumerate() {
+            out[(word * 64 + bit) * width] = line.0[word];
+        }
+    }
+}
+
+/// Exchanges the off-diagonal quarters of every square of 2 × `SIZE` rows and bits.
+#[inline(always)]
+fn swap<const SIZE: usize>(square: &mut [Line; 64], mask: u64) {
+    for rows in square.chunks_exact_mut(2 * SIZE) {
+        let (upper, lower) = rows.split_at_mut(SIZE);
+        for (upper, lower) in upper.iter_mut().zip(lower) {
+            for word in 0..WORDS {
+                let differ = (upper.0[word] >> SIZE ^ lower.0[word]) & mask;
+                lower.0[word] ^= differ;
+                upper.0[word] ^= differ << SIZE;
+            }
+        }
+    }
+}
