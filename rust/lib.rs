@@ -53,7 +53,7 @@ pub use encoding::Codebook;
 pub use error::{Error, Result};
 pub use hierarchy::{Fit, FittedLevel, fit};
 pub use mining::{
-    Baskets, MinedPairs, MinedSets, MiningParams, Watch, count_sets, mine_pairs, mine_sets,
+    Baskets, MinedSets, MiningParams, Watch, count_sets, mine_sets,
 };
 pub use objective::Terms;
 pub use params::{Params, ValidParams};

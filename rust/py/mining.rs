@@ -1,4 +1,4 @@
-//! `mine_pairs`, `mine_sets`, `count_sets`: exhaustive mining with a Python callback.
+//! `mine_sets`, `count_sets`: exhaustive mining with a Python callback.
 
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -97,33 +97,9 @@ fn run<T: Send>(
     found.ok_or_else(|| failure.unwrap_or_else(stopped))
 }
 
-/// Counts of all pairs of sites and what chance gives; `watch` is called with stage and share.
-#[pyfunction]
-pub(crate) fn mine_pairs<'py>(
-    py: Python<'py>,
-    rows: &Bound<'py, PyTuple>,
-    n_sites: usize,
-    strata: Option<&Bound<'py, PyAny>>,
-    settings: Settings,
-    watch: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyDict>> {
-    let rows = Arrays::new(rows)?;
-    let baskets = rows.baskets(py, n_sites)?;
-    let strata = numbers(strata)?;
-    let (strata, params) = (numbers_view(&strata)?, settings.into());
-    let found = run(watch, |watch| {
-        mining::mine_pairs(&baskets, strata, &params, watch)
-    })?;
-    let out = PyDict::new(py);
-    out.set_item("count", PyArray1::from_vec(py, found.count))?;
-    out.set_item("load", PyArray1::from_vec(py, found.load))?;
-    out.set_item("expected", PyArray1::from_vec(py, found.expected))?;
-    out.set_item("variance", PyArray1::from_vec(py, found.variance))?;
-    out.set_item("log10_p", PyArray1::from_vec(py, found.log10_p))?;
-    Ok(out)
-}
-
-/// The best larger sets of sites, how many have each count, and what chance gives.
+/// The best sets of sites, how many have each count, and what chance gives.
+///
+/// `watch` is called with stage and share.
 #[pyfunction]
 pub(crate) fn mine_sets<'py>(
     py: Python<'py>,
@@ -150,10 +126,12 @@ fn plain(py: Python<'_>, found: MinedSets, size: usize) -> PyResult<Bound<'_, Py
     out.set_item("count", PyArray1::from_vec(py, found.count))?;
     out.set_item("load", PyArray1::from_vec(py, found.load))?;
     let histogram = found.histogram.into_iter().map(|sets| sets as i64);
+    out.set_item("lift", PyArray1::from_vec(py, found.lift))?;
     out.set_item("histogram", PyArray1::from_iter(py, histogram))?;
     out.set_item("expected", PyArray1::from_vec(py, found.expected))?;
     out.set_item("variance", PyArray1::from_vec(py, found.variance))?;
     out.set_item("log10_p", PyArray1::from_vec(py, found.log10_p))?;
+    out.set_item("q", PyArray1::from_vec(py, found.q))?;
     Ok(out)
 }
 

@@ -25,7 +25,7 @@ mod _core {
     #[pymodule_export]
     use super::fitting::fit_dictionary;
     #[pymodule_export]
-    use super::mining::{count_sets, mine_pairs, mine_sets};
+    use super::mining::{count_sets, mine_sets};
 
     #[pymodule_export]
     use super::square::encode_square;
