@@ -52,9 +52,7 @@ pub use contribution::{Ranking, rank_contributions};
 pub use encoding::Codebook;
 pub use error::{Error, Result};
 pub use hierarchy::{Fit, FittedLevel, fit};
-pub use mining::{
-    Baskets, MinedSets, MiningParams, Watch, count_sets, mine_sets,
-};
+pub use mining::{Baskets, MinedSets, MiningParams, Watch, count_sets, mine_sets};
 pub use objective::Terms;
 pub use params::{Params, ValidParams};
 pub use rows::{Entry, Rows};

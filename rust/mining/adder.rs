@@ -152,3 +152,98 @@ fn unpack<S: Simd>(simd: S, planes: &[Line], word: usize, counts: &mut [u32; 64]
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::rng::Rng;
+
+    /// Runs the work with every instruction set that this processor has.
+    pub fn on_all<W: WithSimd>(make: impl Fn() -> W, mut check: impl FnMut(W::Output)) {
+        check(make().with_simd(pulp::Scalar));
+        check(Arch::new().dispatch(make()));
+        #[cfg(target_arch = "x86_64")]
+        {
+            use pulp::x86::{V3, V4};
+            if let Some(v3) = V3::try_new() {
+                check(Simd::vectorize(v3, make()));
+            }
+            if let Some(v4) = V4::try_new() {
+                check(Simd::vectorize(v4, make()));
+            }
+        }
+    }
+
+    /// An `Add` that keeps its counts.
+    struct Counted<'a>(&'a [[u16; GROUP]], &'a [Line], usize);
+
+    impl WithSimd for Counted<'_> {
+        type Output = Vec<u32>;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<u32> {
+            let mut counts = vec![7; self.2];
+            let (list, lines) = (self.0, self.1);
+            let add = Add {
+                list,
+                lines,
+                counts: &mut counts,
+            };
+            add.with_simd(simd);
+            counts
+        }
+    }
+
+    #[test]
+    fn three_rows_by_hand() {
+        let mut lines = [Line::default(); 3];
+        lines[0].0[7] = 0b011;
+        lines[1].0[7] = 0b110;
+        let mut lists = [[2; GROUP]];
+        lists[0][..3].copy_from_slice(&[0, 1, 0]);
+        on_all(
+            || Counted(&lists, &lines, 64),
+            |counts| {
+                assert_eq!(counts[..4], [7 + 2, 7 + 3, 7 + 1, 7]);
+            },
+        );
+    }
+
+    #[test]
+    fn every_instruction_set_adds_as_one_by_one() {
+        let mut rng = Rng::new(5, 0, 0);
+        let mut lines: Vec<Line> = (0..99)
+            .map(|_| Line([(); WORDS].map(|()| rng.next())))
+            .collect();
+        lines[50] = Line([u64::MAX; WORDS]);
+        for (groups, n) in [(0, 512), (1, 512), (2, 64), (15, 128), (16, 512), (33, 448)] {
+            let list: Vec<[u16; GROUP]> = (0..groups)
+                .map(|_| [(); GROUP].map(|()| (rng.next() % 99) as u16))
+                .collect();
+            let mut expected = vec![7; n];
+            for line in list.iter().flatten().map(|&row| lines[row as usize]) {
+                for (at, count) in expected.iter_mut().enumerate() {
+                    let place = SITES - n + at;
+                    *count += (line.0[place / 64] >> (place % 64) & 1) as u32;
+                }
+            }
+            on_all(
+                || Counted(&list, &lines, n),
+                |counts| assert_eq!(counts, expected),
+            );
+        }
+    }
+
+    #[test]
+    fn the_last_digit_does_not_run_over() {
+        let lines = [Line([u64::MAX; WORDS])];
+        for groups in [16, 512, 2047, 2048, 4095] {
+            let list = vec![[0; GROUP]; groups];
+            let expected = vec![7 + (groups * GROUP) as u32; 512];
+            on_all(
+                || Counted(&list, &lines, 512),
+                |counts| assert_eq!(counts, expected),
+            );
+        }
+    }
+}

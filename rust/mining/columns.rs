@@ -128,3 +128,62 @@ fn swap<const SIZE: usize>(square: &mut [Line; 64], mask: u64) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::adder::tests::on_all;
+    use super::*;
+    use crate::rng::Rng;
+
+    /// A `Fill` that keeps its lists.
+    struct Filled<'a>(&'a [Line], usize, usize, usize);
+
+    impl WithSimd for Filled<'_> {
+        type Output = Columns;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Columns {
+            let mut columns = Columns::default();
+            let fill = Fill {
+                columns: &mut columns,
+                lines: self.0,
+                n_lines: self.1,
+                first: self.2,
+                n_entries: self.3,
+            };
+            fill.with_simd(simd);
+            columns
+        }
+    }
+
+    #[test]
+    fn lists_hold_the_rows_of_each_site() {
+        let mut rng = Rng::new(3, 0, 0);
+        for (n_rows, n_chunks, first) in [(0, 1, 511), (1, 1, 0), (64, 2, 3), (130, 2, 500)] {
+            let n_lines = n_rows + 1;
+            let mut lines = vec![Line::default(); n_chunks * n_lines];
+            let mut expected = vec![Vec::new(); n_chunks * SITES - first];
+            for row in 0..n_rows {
+                for place in first..n_chunks * SITES {
+                    if rng.next().is_multiple_of(3) {
+                        let line = &mut lines[place / SITES * n_lines + row];
+                        line.0[place % SITES / 64] |= 1 << (place % 64);
+                        expected[place - first].push(row as u16);
+                    }
+                }
+            }
+            let n_entries = expected.iter().map(Vec::len).sum();
+            on_all(
+                || Filled(&lines, n_lines, first, n_entries),
+                |columns| {
+                    for (site, rows) in expected.iter().enumerate() {
+                        let list = columns.list(site).as_flattened();
+                        assert_eq!(list.len(), rows.len().next_multiple_of(GROUP));
+                        assert_eq!(&list[..rows.len()], rows);
+                        assert!(list[rows.len()..].iter().all(|&row| row as usize == n_rows));
+                    }
+                },
+            );
+        }
+    }
+}

@@ -240,4 +240,6 @@ fn check(baskets: &Baskets, strata: Option<&[u32]>, params: &MiningParams) -> Re
 }
 
 #[cfg(test)]
+mod fuzz;
+#[cfg(test)]
 mod tests;

@@ -49,8 +49,7 @@ impl Block {
         self.n_rows = n_rows;
         self.lines.clear();
         let n_lines = n_rows + 1;
-        self.lines
-            .resize(places.n_lines * n_lines, Line::default());
+        self.lines.resize(places.n_lines * n_lines, Line::default());
         let first = places.first();
         let mut n_entries = 0;
         for (row, sites) in rows.enumerate() {
