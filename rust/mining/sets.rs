@@ -141,11 +141,11 @@ impl Pairs {
     fn count(
         &mut self,
         (n_rows, n_sites): (usize, usize),
-        n_entries: u64,
+        entries: f64,
         mut rows: impl Iterator<Item = impl Iterator<Item = u32>>,
     ) {
         self.tally.reset(n_sites, 0..n_sites);
-        if Method::cheaper(n_rows, n_sites, n_entries as f64) == Method::Scatter {
+        if Method::cheaper((n_rows, n_sites), entries, 1) == Method::Scatter {
             for row in rows {
                 self.row.clear();
                 self.row.extend(row);
@@ -247,15 +247,16 @@ impl Search {
         let rows = level.bitmaps.rows(site).map(|row| baskets.row(row));
         let rows = rows.map(|row| kept.cut(row));
         let size = (level.loads[site] as usize, names.len());
+        let entries = kept.entries as f64;
         if left == 2 {
-            desk.pairs.count(size, kept.entries, rows);
+            desk.pairs.count(size, entries, rows);
             self.pairs(desk, &names, prefix);
             return;
         }
         let mut cut = Baskets::with_sites(names.len());
         rows.for_each(|row| cut.push(row));
         let whole = (0..cut.len()).map(|row| cut.row(row).iter().copied());
-        desk.pairs.count(size, kept.entries, whole);
+        desk.pairs.count(size, entries, whole);
         let mut counts = Vec::new();
         desk.pairs.tally.append(&mut counts);
         let next = Level::new(&cut, names, counts);
