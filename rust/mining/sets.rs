@@ -210,8 +210,15 @@ impl Search {
         }
     }
 
+    /// Least score that can still enter the best of all.
+    fn bar(&self) -> f64 {
+        let total = self.total.lock().unwrap_or_else(PoisonError::into_inner);
+        total.best.bar()
+    }
+
     /// All sets whose first site is this.
     fn first(&self, desk: &mut Desk, baskets: &Baskets, level: &Level, site: usize) {
+        desk.best.raise(self.bar());
         desk.histogram.clear();
         desk.histogram.resize(level.loads[site] as usize + 1, 0);
         let none = Prefix {
