@@ -248,7 +248,7 @@ def mine_sets(
     settings: MiningSettings,
     watch: Callable[[str, float], object],
 ) -> MinedSets:
-    """The best sets of sites that at least `least` rows hold, with mean, variance and tail by chance.
+    """The best sets of sites that at least `least` rows hold, and what chance gives them.
 
     Parameters
     ----------
