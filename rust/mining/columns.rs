@@ -1,5 +1,7 @@
 //! Lists of the rows that hold each site, out of the rows' bits.
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 
 use super::adder::{GROUP, Line, SITES, WORDS};
@@ -50,14 +52,9 @@ impl WithSimd for Fill<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, _: S) {
         let empty = self.n_lines - 1;
-        let n_words = empty.div_ceil(64);
-        let width = n_words + APART;
         let n_places = self.lines.len() / self.n_lines * SITES;
-        let Columns {
-            lists,
-            starts,
-            bits,
-        } = self.columns;
+        let width = empty.div_ceil(64) + APART;
+        let Columns { bits, .. } = &mut *self.columns;
         bits.resize(n_places * width, 0);
         for (chunk, lines) in self.lines.chunks_exact(self.n_lines).enumerate() {
             for (at, rows) in lines[..empty].chunks(64).enumerate() {
@@ -65,20 +62,32 @@ impl WithSimd for Fill<'_> {
             }
         }
         let most = self.n_entries + (n_places - self.first + 1) * GROUP;
-        lists.resize(most.div_ceil(GROUP), [0; GROUP]);
-        let flat = lists.as_flattened_mut();
+        let groups = most.div_ceil(GROUP);
+        self.columns.lists.resize(groups, [0; GROUP]);
+        self.columns.read(self.first..n_places, empty);
+    }
+}
+
+impl Columns {
+    /// Lists of the ones of these columns, filled up with `empty`, the number of rows.
+    #[inline(always)]
+    fn read(&mut self, places: Range<usize>, empty: usize) {
+        let n_words = empty.div_ceil(64);
+        let width = n_words + APART;
+        let lists = self.lists.as_flattened_mut();
         let mut end = 0;
-        starts.clear();
-        starts.push(0);
-        for place in self.first..n_places {
+        self.starts.clear();
+        self.starts.push(0);
+        for place in places {
             let start = end;
-            for (at, &word) in bits[place * width..][..n_words].iter().enumerate() {
-                end = ones(word, (at * 64) as u16, flat, end);
+            let column = &self.bits[place * width..][..n_words];
+            for (at, &word) in column.iter().enumerate() {
+                end = ones(word, (at * 64) as u16, lists, end);
             }
             let full = start + (end - start).next_multiple_of(GROUP);
-            flat[end..full].fill(empty as u16);
+            lists[end..full].fill(empty as u16);
             end = full;
-            starts.push((end / GROUP) as u32);
+            self.starts.push((end / GROUP) as u32);
         }
     }
 }
