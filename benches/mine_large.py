@@ -3,6 +3,8 @@
 Tokens are drawn with replacement from the 25,028 real ones (26 layers × 64 experts, top 6); a 27th
 layer is the 13th of the following token. In each, one layer's experts are those of another token,
 so that hardly any two are equal: some miners count equal ones once, which real text would not give.
+Token ids are not recorded there; for ``null="token"`` each token gets one of 50,000 ids, drawn with
+probability in proportion to 1 / rank (Zipf's law) and without regard to its experts.
 The data folder is taken from ``MOECOLLAB_SHARED``.
 """
 
@@ -14,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import moecollab as mc
+from moecollab._core import mine_sets
 from moecollab.record.rows import Rows
 
 ROUTING = (
@@ -21,6 +24,7 @@ ROUTING = (
     / "data/routing/deepseek-v2-lite"
 )
 N_EXPERTS = 64
+N_TOKEN_IDS = 50_000
 
 
 def real_ids() -> np.ndarray:
@@ -64,6 +68,26 @@ def timed(what: str, work) -> object:
     return found
 
 
+def zipf(n_tokens: int, seed: int = 0) -> np.ndarray:
+    """Token ids in proportion to 1 / rank: uint32 (n_tokens,)."""
+    share = 1 / np.arange(1, N_TOKEN_IDS + 1)
+    rng = np.random.default_rng(seed)
+    return rng.choice(N_TOKEN_IDS, n_tokens, p=share / share.sum()).astype(np.uint32)
+
+
+def by_token(rows: Rows, threads: int) -> object:
+    """All pairs under null="token", asked of the core: ``mine`` takes no token ids with rows."""
+    least, top = max(1, rows.n_rows // 1000), 5_000_000
+    wanted = {"n_experts": N_EXPERTS, "size": 2, "least": least, "top": top, "by_lift": False}
+    wanted |= {"chance": True, "threads": threads}
+    arrays, ids = (rows.indptr, rows.sites, rows.values), zipf(rows.n_rows)
+
+    def work() -> int:
+        return len(mine_sets(arrays, rows.n_sites, ids, wanted, lambda *_: None)["count"])
+
+    return timed("pairs, null='token', without the table", work)
+
+
 def peer(rows: Rows, name: str, least: int) -> None:
     """Pairs by one of Borgelt's miners, without and with a list of them."""
     import fim
@@ -83,16 +107,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="of the pairs")
+    parser.add_argument("--token", action="store_true")
     parser.add_argument("--triplets", action="store_true")
     parser.add_argument("--peer", help="a miner of pyfim, such as apriori")
     options = parser.parse_args()
     rows = resampled(options.tokens)
     print(f"{rows!r}, {options.threads} threads", flush=True)
-    for null in ("none", "load"):
+    for null in ("none", "load") * options.repeats:
         timed(
             f"pairs, null={null!r}",
             lambda n=null: mc.mine(rows, n_experts=N_EXPERTS, null=n, threads=options.threads),
         )
+    if options.token:
+        by_token(rows, options.threads)
     if options.triplets:
         timed(
             "triplets with support of 0.1 %",

@@ -54,9 +54,7 @@ pub use contribution::{Ranking, rank_contributions};
 pub use encoding::Codebook;
 pub use error::{Error, Result};
 pub use hierarchy::{Fit, FittedLevel, fit, fit_below};
-pub use mining::{
-    Baskets, MinedPairs, MinedSets, MiningParams, Watch, count_sets, mine_pairs, mine_sets,
-};
+pub use mining::{Baskets, MinedSets, MiningParams, Watch, count_sets, mine_sets};
 pub use objective::Terms;
 pub use params::{Params, ValidParams};
 pub use rows::{Entry, Rows};

@@ -7,6 +7,9 @@ use crate::error::{Error, Result};
 /// Items per chunk of a reduction; fixed, so that sums are the same for any number of threads.
 const CHUNK: usize = 512;
 
+/// Most workers that may be asked for.
+const MOST: usize = 1024;
+
 /// A set of worker threads.
 ///
 /// The caller's thread stays outside: signals are only seen there.
@@ -14,7 +17,17 @@ pub(crate) struct Pool(rayon::ThreadPool);
 
 impl Pool {
     /// Starts `threads` workers, one per processor if 0.
+    ///
+    /// # Errors
+    /// More than 1,024, which would take minutes to start; or the system has no more.
     pub fn new(threads: usize) -> Result<Self> {
+        if threads > MOST {
+            return Err(Error::Setting {
+                name: "threads",
+                got: threads.to_string(),
+                allowed: format!("at most {MOST}"),
+            });
+        }
         let builder = rayon::ThreadPoolBuilder::new().num_threads(threads);
         builder
             .build()
@@ -76,6 +89,17 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn too_many_threads_are_refused() {
+        assert!(matches!(
+            Pool::new(6000),
+            Err(Error::Setting {
+                name: "threads",
+                ..
+            })
+        ));
+    }
 
     #[test]
     fn sums_do_not_depend_on_threads() {

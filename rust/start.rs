@@ -128,8 +128,9 @@ mod tests {
         let mut begin = overlapping(1);
         start_from_rows(&mut begin, &pool, lambda, &mut Rng::new(1, 0, 0));
         let (mut once, mut twice) = (overlapping(1), overlapping(2));
-        start_from_level(&mut once, &pool, lambda, begin.clone());
-        start_from_level(&mut twice, &pool, lambda, begin);
+        let first = (begin.dictionary, begin.caps);
+        start_from(&mut once, &pool, lambda, first.clone());
+        start_from(&mut twice, &pool, lambda, first);
         for _ in 0..4 {
             for (row, codes) in twice.codes.iter().enumerate() {
                 assert_eq!(codes, &once.codes[row / 2]);

@@ -40,7 +40,6 @@ DOORS = {
     "learn_square": lambda rows, n: _core.learn_square(rows, n, {"atoms": ATOMS}, LEARNING),
     "encode": lambda rows, n: encode(rows, n, ATOMS, None),
     "encode_square": lambda rows, n: _core.encode_square(rows, n, ATOMS, ENCODE),
-    "mine_pairs": lambda rows, n: _core.mine_pairs(rows, n, None, MINE | {"threads": 1}, watch),
 }
 CODERS = {
     "learn_square": lambda atoms: _core.learn_square(ROWS, 3, {"atoms": atoms}, LEARNING),

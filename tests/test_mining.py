@@ -37,14 +37,16 @@ def members(table, size):
 
 
 def core_pairs(x, n_experts, strata=None):
-    """Everything the core says about all pairs of a boolean matrix."""
-    from moecollab._core import mine_pairs
+    """Everything the core says about all pairs of a boolean matrix, in order of their sites."""
+    from moecollab._core import mine_sets
 
     rows = as_rows(x.astype(np.float32))
-    wanted = {"n_experts": n_experts, "size": 2, "least": 1, "top": 1, "by_lift": False}
+    wanted = {"n_experts": n_experts, "size": 2, "least": 0, "top": 10**6, "by_lift": False}
     arrays = (rows.indptr, rows.sites, rows.values)
     wanted |= {"chance": True, "threads": 1}
-    return mine_pairs(arrays, rows.n_sites, strata, wanted, lambda *_: None)
+    found = mine_sets(arrays, rows.n_sites, strata, wanted, lambda *_: None)
+    order = np.lexsort(found["site"].T[::-1])
+    return {name: found[name][order] for name in ("count", "expected", "variance", "log10_p")}
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +343,7 @@ def _values(n):
 
 
 def test_ctrl_c_and_other_exceptions_pass_through(rows):
-    from moecollab._core import mine_pairs
+    from moecollab._core import mine_sets
 
     wanted = {"n_experts": 16, "size": 2, "least": 1, "top": 1, "by_lift": False}
     wanted |= {"chance": True, "threads": 1}
@@ -351,7 +353,7 @@ def test_ctrl_c_and_other_exceptions_pass_through(rows):
             raise error
 
         with pytest.raises(error):
-            mine_pairs((rows.indptr, rows.sites, rows.values), 96, None, wanted, stop)
+            mine_sets((rows.indptr, rows.sites, rows.values), 96, None, wanted, stop)
 
 
 def test_the_core_checks_what_it_is_given(rows):

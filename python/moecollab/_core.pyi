@@ -14,7 +14,6 @@ __all__ = [
     "fit_dictionary",
     "fit_square",
     "learn_square",
-    "mine_pairs",
     "mine_sets",
     "step_atoms",
     "step_square",
@@ -223,7 +222,7 @@ def caep_ranking(
 class MiningSettings(TypedDict):
     """What to mine; every key is needed. `least` is a count; threads 0: one per processor.
 
-    Without `chance`, the three arrays of it are empty.
+    Without `chance`, the four arrays of it are empty.
     """
 
     n_experts: int
@@ -235,35 +234,30 @@ class MiningSettings(TypedDict):
     threads: int
 
 @type_check_only
-class MinedPairs(TypedDict):
-    """All pairs (0, 1), (0, 2) … (1, 2) …, arrays of shape (n (n - 1) / 2,); load (n_sites,)."""
-
-    count: NDArray[np.uint32]
-    load: NDArray[np.uint32]
-    expected: NDArray[np.float64]
-    variance: NDArray[np.float64]
-    log10_p: NDArray[np.float64]
-
-@type_check_only
 class MinedSets(TypedDict):
-    """The best sets, site (n_found, size), and in histogram how many of all have each count."""
+    """The best sets, site (n_found, size), and in histogram how many of all have each count.
+
+    The last four say what chance gives each set, NaN where it has nothing to say.
+    """
 
     site: NDArray[np.uint32]
     count: NDArray[np.uint32]
     load: NDArray[np.uint32]
+    lift: NDArray[np.float64]
     histogram: NDArray[np.int64]
     expected: NDArray[np.float64]
     variance: NDArray[np.float64]
     log10_p: NDArray[np.float64]
+    q: NDArray[np.float64]
 
-def mine_pairs(
+def mine_sets(
     rows: _SparseRows,
     n_sites: int,
     strata: NDArray[np.uint32] | None,
     settings: MiningSettings,
     watch: Callable[[str, float], object],
-) -> MinedPairs:
-    """Counts of all pairs of sites, and mean, variance and tail under chance.
+) -> MinedSets:
+    """The best sets of sites that at least `least` rows hold, and what chance gives them.
 
     Parameters
     ----------
@@ -274,27 +268,10 @@ def mine_pairs(
     strata : uint32 array of shape (n_rows,), or None
         Rows change places only with rows of the same number; None: all with all.
     settings : MiningSettings
-        Experts per layer and threads; the rest is not used.
+        Size, floor (0 for all pairs), how many to keep and by what. Equals are kept in order of
+        their sites. `q` is p adjusted for all sets of this size.
     watch : callable
         Called with the stage and the share of it that is done; what it raises ends the work.
-    """
-
-def mine_sets(
-    rows: _SparseRows,
-    n_sites: int,
-    strata: NDArray[np.uint32] | None,
-    settings: MiningSettings,
-    watch: Callable[[str, float], object],
-) -> MinedSets:
-    """The best sets of three and more sites that at least `least` rows hold.
-
-    Parameters
-    ----------
-    rows, n_sites, strata, watch
-        As for `mine_pairs`.
-    settings : MiningSettings
-        Size, floor, how many to keep and by what. Expected count, variance and tail are NaN for
-        sets inside one layer.
     """
 
 def count_sets(

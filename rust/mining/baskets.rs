@@ -52,13 +52,6 @@ impl<'a> Baskets<'a> {
         }
     }
 
-    /// Takes all rows out and keeps the memory.
-    pub(super) fn clear(&mut self, n_sites: usize) {
-        self.starts.truncate(1);
-        self.sites.to_mut().clear();
-        self.n_sites = n_sites;
-    }
-
     /// One more row of ascending sites.
     pub(super) fn push(&mut self, sites: impl Iterator<Item = u32>) {
         self.sites.to_mut().extend(sites);

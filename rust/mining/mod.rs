@@ -1,15 +1,23 @@
 //! Exhaustive mining: exact counts of all pairs and larger sets of sites, and what chance gives.
 
+#![allow(
+    clippy::inline_always,
+    reason = "vector instructions reach only what is inlined into a dispatched function"
+)]
+
+mod adder;
 mod baskets;
 mod best;
 mod bitmaps;
 mod chance;
+mod columns;
 mod pairs;
-mod popcount;
+mod ranking;
 mod set_chance;
 mod sets;
 mod strata;
 mod tails;
+mod tally;
 mod within;
 
 use crate::error::{Error, Result};
@@ -19,6 +27,7 @@ pub use baskets::Baskets;
 use best::MOST_SITES;
 use chance::Chance;
 use pairs::Method;
+use ranking::{Lifts, Ranked};
 use set_chance::SetChance;
 use sets::{Sets, Wanted};
 use strata::Strata;
@@ -28,9 +37,9 @@ use strata::Strata;
 pub struct MiningParams {
     /// Sites of a layer; layers follow each other.
     pub n_experts: usize,
-    /// Sites of a set, in 2 to 6; pairs have functions of their own.
+    /// Sites of a set, in 2 to 6.
     pub size: usize,
-    /// Least count of a set, at least 1.
+    /// Least count of a set, at least 1; pairs may have none.
     pub least: u32,
     /// Sets to keep.
     pub top: usize,
@@ -42,21 +51,6 @@ pub struct MiningParams {
     pub threads: usize,
 }
 
-/// Counts of all pairs and what chance gives, as upper triangles row by row.
-#[derive(Debug, Clone)]
-pub struct MinedPairs {
-    /// Rows that hold both sites.
-    pub count: Vec<u32>,
-    /// Rows that hold each site.
-    pub load: Vec<u32>,
-    /// Mean count under the null.
-    pub expected: Vec<f64>,
-    /// Variance of the count under the null.
-    pub variance: Vec<f64>,
-    /// log10 of the probability of a count this large under the null.
-    pub log10_p: Vec<f64>,
-}
-
 /// The best sets, best first, and how many of all have each count.
 #[derive(Debug, Clone)]
 pub struct MinedSets {
@@ -66,59 +60,26 @@ pub struct MinedSets {
     pub count: Vec<u32>,
     /// Rows that hold each site.
     pub load: Vec<u32>,
-    /// Number of sets by count; 0 below the floor.
+    /// Support over the product of the sites' shares of the rows.
+    pub lift: Vec<f64>,
+    /// Number of sets by count; of larger sets than pairs, 0 below the floor.
     pub histogram: Vec<u64>,
-    /// Mean count under the null; NaN for sets inside one layer, like the two below.
+    /// Mean count under the null; NaN for larger sets inside one layer, like the three below.
     pub expected: Vec<f64>,
     /// Variance of the count under the null.
     pub variance: Vec<f64>,
     /// log10 of the probability of a count this large under the null.
     pub log10_p: Vec<f64>,
+    /// This probability adjusted for all sets of this size (Benjamini and Hochberg).
+    pub q: Vec<f64>,
 }
 
 /// Told the stage and the share of it that is done; false stops the work.
 pub type Watch<'a> = dyn FnMut(&'static str, f64) -> bool + 'a;
 
-/// Exact counts of all pairs of sites, with what chance gives; nothing if `watch` stopped it.
+/// The best sets of sites, with what chance gives; nothing if `watch` stopped it.
 ///
 /// Chance lets rows change places within strata (all with all if none are given).
-///
-/// # Errors
-/// Layers or strata that do not fit the rows; threads that cannot be started.
-pub fn mine_pairs(
-    baskets: &Baskets,
-    strata: Option<&[u32]>,
-    params: &MiningParams,
-    watch: &mut Watch,
-) -> Result<Option<MinedPairs>> {
-    let strata = check(baskets, strata, params)?;
-    let pool = Pool::new(params.threads)?;
-    let method = Method::best(baskets);
-    let counts = pairs::count_pairs(baskets, method, &pool, &mut |share| watch("count", share));
-    let Some(count) = counts else {
-        return Ok(None);
-    };
-    let layers = chance::Layers {
-        n_experts: params.n_experts,
-        strata: &strata,
-    };
-    let mut told = |share| watch("chance", share);
-    let found = if params.chance {
-        chance::chance(baskets, layers, &count, &pool, &mut told)
-    } else {
-        Some(Chance::default())
-    };
-    let load = baskets.loads();
-    Ok(found.map(|found: Chance| MinedPairs {
-        count,
-        load,
-        expected: found.mean,
-        variance: found.variance,
-        log10_p: found.log10_p,
-    }))
-}
-
-/// The best larger sets of sites, with what chance gives; nothing if `watch` stopped it.
 ///
 /// # Errors
 /// Layers, strata or settings that do not fit; threads that cannot be started.
@@ -129,34 +90,102 @@ pub fn mine_sets(
     watch: &mut Watch,
 ) -> Result<Option<MinedSets>> {
     let strata = check(baskets, strata, params)?;
-    let pool = Pool::new(params.threads)?;
-    let wanted = Wanted {
-        size: params.size,
-        least: params.least,
-        top: params.top,
-        by_lift: params.by_lift,
+    let search = Search {
+        baskets,
+        layers: chance::Layers {
+            n_experts: params.n_experts,
+            strata: &strata,
+        },
+        wanted: Wanted {
+            size: params.size,
+            least: params.least,
+            top: params.top,
+            by_lift: params.by_lift,
+        },
+        chance: params.chance,
+        pool: Pool::new(params.threads)?,
     };
-    let found = sets::find_sets(baskets, wanted, &pool, &mut |share| watch("count", share));
-    let Some(Sets { best, histogram }) = found else {
-        return Ok(None);
-    };
-    let layers = chance::Layers {
-        n_experts: params.n_experts,
-        strata: &strata,
-    };
-    let judged = if params.chance { &best[..] } else { &[] };
-    let chance = set_chance::set_chance(baskets, layers, (judged, params.size), &pool);
-    let part = |part: fn(&SetChance) -> f64| chance.iter().map(part).collect();
-    let sites = best.iter().flat_map(|found| &found.sites[..params.size]);
-    Ok(Some(MinedSets {
-        site: sites.copied().collect(),
-        count: best.iter().map(|found| found.count).collect(),
-        load: baskets.loads(),
-        histogram,
-        expected: part(|own| own.mean),
-        variance: part(|own| own.variance),
-        log10_p: part(|own| own.log10_p),
-    }))
+    Ok(if params.size == 2 {
+        search.pairs(watch)
+    } else {
+        search.larger(watch)
+    })
+}
+
+struct Search<'a> {
+    baskets: &'a Baskets<'a>,
+    layers: chance::Layers<'a>,
+    wanted: Wanted,
+    chance: bool,
+    pool: Pool,
+}
+
+impl Search<'_> {
+    /// All pairs are counted and judged, then the best are kept.
+    fn pairs(&self, watch: &mut Watch) -> Option<MinedSets> {
+        let (baskets, pool) = (self.baskets, &self.pool);
+        let method = Method::best(baskets);
+        let counts = pairs::count_pairs(baskets, method, pool, &mut |done| watch("count", done))?;
+        let mut told = |done| watch("chance", done);
+        let found = if self.chance {
+            chance::chance(baskets, self.layers, &counts, pool, &mut told)?
+        } else {
+            Chance::default()
+        };
+        let load = baskets.loads();
+        let Ranked { site, place } = ranking::rank(&counts, &load, baskets.len(), self.wanted);
+        let q = ranking::adjust(&found.log10_p, counts.len() as f64);
+        let kept = |all: &[f64]| match all {
+            [] => Vec::new(),
+            all => place.iter().map(|&at| all[at]).collect(),
+        };
+        let count: Vec<u32> = place.iter().map(|&at| counts[at]).collect();
+        Some(MinedSets {
+            lift: self.lifts(&site, &count, &load),
+            site,
+            count,
+            load,
+            histogram: ranking::histogram(&counts, baskets.len()),
+            expected: kept(&found.mean),
+            variance: kept(&found.variance),
+            log10_p: kept(&found.log10_p),
+            q: kept(&q),
+        })
+    }
+
+    /// The best are kept on the way; then they are judged.
+    fn larger(&self, watch: &mut Watch) -> Option<MinedSets> {
+        let (baskets, size) = (self.baskets, self.wanted.size);
+        let mut told = |done| watch("count", done);
+        let Sets { best, histogram } =
+            sets::find_sets(baskets, self.wanted, &self.pool, &mut told)?;
+        let judged = if self.chance { &best[..] } else { &[] };
+        let chance = set_chance::set_chance(baskets, self.layers, (judged, size), &self.pool);
+        let part = |part: fn(&SetChance) -> f64| chance.iter().map(part).collect::<Vec<f64>>();
+        let sites = best.iter().flat_map(|found| &found.sites[..size]);
+        let site: Vec<u32> = sites.copied().collect();
+        let count: Vec<u32> = best.iter().map(|found| found.count).collect();
+        let log10_p = part(|own| own.log10_p);
+        let load = baskets.loads();
+        Some(MinedSets {
+            lift: self.lifts(&site, &count, &load),
+            site,
+            count,
+            load,
+            histogram,
+            expected: part(|own| own.mean),
+            variance: part(|own| own.variance),
+            // Ranks among the kept are at most those among all sets, so q is never too small.
+            q: ranking::adjust(&log10_p, ranking::n_sets(baskets.n_sites(), size)),
+            log10_p,
+        })
+    }
+
+    fn lifts(&self, site: &[u32], count: &[u32], load: &[u32]) -> Vec<f64> {
+        let lifts = Lifts::new(load, self.baskets.len());
+        let sets = site.chunks_exact(self.wanted.size).zip(count);
+        sets.map(|(sites, &count)| lifts.of(count, sites)).collect()
+    }
 }
 
 /// How many rows hold all sites of each set of this size.
@@ -196,7 +225,7 @@ fn check(baskets: &Baskets, strata: Option<&[u32]>, params: &MiningParams) -> Re
     if !(2..=MOST_SITES).contains(&params.size) {
         return whole("size", params.size, format!("in 2 to {MOST_SITES}"));
     }
-    if params.least == 0 {
+    if params.least == 0 && params.size > 2 {
         return whole("least", 0, "at least 1".to_owned());
     }
     match strata {
@@ -210,5 +239,7 @@ fn check(baskets: &Baskets, strata: Option<&[u32]>, params: &MiningParams) -> Re
     }
 }
 
+#[cfg(test)]
+mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -1,33 +1,46 @@
-//! Exact counts of all pairs of sites, by bit rows or by going through each row's own pairs.
+//! Exact counts of all pairs of sites, by adding up bit rows or by going through each row's pairs.
 
+use std::ops::Range;
+
+use super::adder::SITES;
 use super::baskets::Baskets;
-use super::bitmaps::Bitmaps;
-use super::popcount::{self, TILE};
+use super::tally::{Block, Places, ROWS, Tally};
 use crate::parallel::Pool;
 
-/// Nanoseconds to count one pair of one row; only for choosing a method.
-const SCATTER_COST: f64 = 1.4;
+/// Blocks that are filled before they are counted.
+const BATCH: usize = 8;
+/// Parts the sites are cut into.
+const PARTS: usize = 32;
+/// Fewest sites of a part: each part reads all rows.
+const PART: usize = 16;
 
 /// How pairs are counted; both give the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Method {
-    /// Intersections of bit rows: best when rows are full.
+    /// For each site, the sum of the bit rows that hold it: best when rows are full.
     Bits,
-    /// Each row's own pairs: best when rows are sparse.
+    /// Each row's own pairs: best when rows are very sparse.
     Scatter,
 }
 
 impl Method {
     /// The cheaper one for these rows.
     pub(super) fn best(baskets: &Baskets) -> Self {
-        Self::cheaper(baskets.len(), baskets.n_sites(), baskets.n_entries() as f64)
+        let n = baskets.n_sites();
+        let entries = baskets.n_entries() as f64;
+        Self::cheaper((baskets.len(), n), entries, n.div_ceil(part_size(n)))
     }
 
-    /// The cheaper one for so many rows, sites and entries, as if all rows were equally long.
-    pub(super) fn cheaper(n_rows: usize, n_sites: usize, entries: f64) -> Self {
-        let bits = (n_sites as f64).powi(2) / 2.0 * (n_rows as f64 / 64.0) * popcount::cost();
+    /// The cheaper one for so many rows, sites, entries and parts, as if all rows were equally long.
+    ///
+    /// The costs are nanoseconds, fitted to random rows of 4 to 162 of 64 to 6,144 sites. Going
+    /// through pairs wins below about 1 in 250, such as one of 256 experts in each of 12 layers.
+    pub(super) fn cheaper((n_rows, n_sites): (usize, usize), entries: f64, n_parts: usize) -> Self {
+        let lines = f64::midpoint(n_sites.div_ceil(SITES) as f64, 1.0);
+        let lists = (n_rows.div_ceil(ROWS) * n_sites) as f64;
+        let bits = entries * (3.0 + 2.5 * lines) + lists * lines * 350.0;
         let length = entries / n_rows.max(1) as f64;
-        let scatter = entries * length / 2.0 * SCATTER_COST;
+        let scatter = entries * length * 0.7 + (n_rows * n_parts) as f64 * 5.0;
         if bits <= scatter {
             Self::Bits
         } else {
@@ -36,26 +49,9 @@ impl Method {
     }
 }
 
-/// The same as [`Bitmaps::tile`] from the rows themselves; own counts are left out.
-pub(super) fn scatter(baskets: &Baskets, tile: usize, counts: &mut Vec<u32>) {
-    let first = (tile * TILE) as u32;
-    let rest = baskets.n_sites().next_multiple_of(TILE) - tile * TILE;
-    counts.clear();
-    counts.resize(TILE * rest, 0);
-    for row in 0..baskets.len() {
-        let sites = baskets.row(row);
-        let from = sites.partition_point(|&site| site < first);
-        let own = sites[from..]
-            .iter()
-            .take_while(|&&site| site < first + TILE as u32);
-        for (at, &site) in own.enumerate() {
-            let start = (site - first) as usize * rest;
-            let line = &mut counts[start..start + rest];
-            for &other in &sites[from + at + 1..] {
-                line[(other - first) as usize] += 1;
-            }
-        }
-    }
+/// Sites of a part: tasks of one thread each.
+fn part_size(n_sites: usize) -> usize {
+    n_sites.div_ceil(PARTS).max(PART)
 }
 
 /// Counts of all pairs of sites.
@@ -69,46 +65,47 @@ pub(super) fn count_pairs(
     watch: &mut dyn FnMut(f64) -> bool,
 ) -> Option<Vec<u32>> {
     let n = baskets.n_sites();
-    let mut bitmaps = Bitmaps::default();
-    if method == Method::Bits {
-        bitmaps.fill(baskets);
-    }
-    let n_tiles = n.div_ceil(TILE);
-    let mut out = Vec::with_capacity(n * n.saturating_sub(1) / 2);
-    for batch in batches(n_tiles) {
-        let parts = pool.map(batch.len(), Vec::new, |counts, at| {
-            let tile = batch.start + at;
-            match method {
-                Method::Bits => bitmaps.tile(tile, counts),
-                Method::Scatter => scatter(baskets, tile, counts),
+    let size = part_size(n);
+    let parts = (0..n).step_by(size);
+    let mut tallies: Vec<Tally> = parts
+        .map(|first| Tally::new(n, first..(first + size).min(n)))
+        .collect();
+    let mut blocks = Vec::new();
+    let batch = BATCH * ROWS;
+    for first in (0..baskets.len()).step_by(batch) {
+        let rows = first..(first + batch).min(baskets.len());
+        let end = rows.end as f64;
+        match method {
+            Method::Bits => {
+                fill(baskets, rows, &mut blocks, pool);
+                let all = |tally: &mut Tally| blocks.iter().for_each(|block| tally.add(block));
+                pool.parts(&mut tallies, 1, |_, tally| tally.iter_mut().for_each(all));
             }
-            let mut part = Vec::new();
-            append_triangle(&mut part, counts, tile, n);
-            part
-        });
-        for part in parts {
-            out.extend(part);
+            Method::Scatter => pool.parts(&mut tallies, 1, |_, tally| {
+                for row in rows.clone() {
+                    tally[0].add_row(baskets.row(row));
+                }
+            }),
         }
-        if !watch(batch.end as f64 / n_tiles as f64) {
+        if !watch(end / baskets.len() as f64) {
             return None;
         }
+    }
+    let mut out = Vec::with_capacity(n * n.saturating_sub(1) / 2);
+    for tally in tallies {
+        tally.append(&mut out);
     }
     Some(out)
 }
 
-/// Appends the part of a tile's counts above the diagonal.
-pub(super) fn append_triangle(out: &mut Vec<u32>, counts: &[u32], tile: usize, n_sites: usize) {
-    let (first, width) = (tile * TILE, counts.len() / TILE);
-    for site in first..(first + TILE).min(n_sites) {
-        let start = (site - first) * width;
-        out.extend_from_slice(&counts[start + site + 1 - first..start + n_sites - first]);
-    }
-}
-
-/// About 32 ranges that make up 0..n, for progress and for stopping early.
-fn batches(n: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let size = n.div_ceil(32).max(4);
-    (0..n)
-        .step_by(size)
-        .map(move |start| start..(start + size).min(n))
+/// Makes blocks of these rows.
+fn fill(baskets: &Baskets, rows: Range<usize>, blocks: &mut Vec<Block>, pool: &Pool) {
+    blocks.resize_with(rows.len().div_ceil(ROWS), Block::default);
+    let places = Places::new(baskets.n_sites());
+    pool.parts(blocks, 1, |at, block| {
+        let first = rows.start + at * ROWS;
+        let rows = first..(first + ROWS).min(rows.end);
+        let sites = rows.clone().map(|row| baskets.row(row).iter().copied());
+        block[0].fill(places, rows.len(), sites);
+    });
 }

@@ -28,8 +28,7 @@ pub(crate) fn set_chance(
     (sets, size): (&[Found], usize),
     pool: &Pool,
 ) -> Vec<SetChance> {
-    let mut bitmaps = Bitmaps::default();
-    bitmaps.fill(baskets);
+    let bitmaps = Bitmaps::new(baskets);
     let (stratum, sizes) = layers.strata.numbers();
     let judge = Judge {
         bitmaps,
@@ -44,8 +43,7 @@ pub(crate) fn set_chance(
 
 /// How many rows hold all sites of each set.
 pub(crate) fn count_sets(baskets: &Baskets, sets: &[u32], size: usize, pool: &Pool) -> Vec<u32> {
-    let mut bitmaps = Bitmaps::default();
-    bitmaps.fill(baskets);
+    let bitmaps = Bitmaps::new(baskets);
     let sets: Vec<&[u32]> = sets.chunks(size).collect();
     pool.map(
         sets.len(),

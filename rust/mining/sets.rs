@@ -9,8 +9,8 @@ use std::sync::{Mutex, PoisonError};
 use super::baskets::Baskets;
 use super::best::{Best, Found, MOST_SITES};
 use super::bitmaps::Bitmaps;
-use super::pairs::{Method, append_triangle, count_pairs, scatter};
-use super::popcount::TILE;
+use super::pairs::{Method, count_pairs};
+use super::tally::{Block, Places, ROWS, Tally};
 use crate::parallel::Pool;
 
 /// Parts of the work after which progress is told.
@@ -95,25 +95,12 @@ struct Level {
 
 impl Level {
     fn new(baskets: &Baskets, names: Vec<u32>, counts: Vec<u32>) -> Self {
-        let mut bitmaps = Bitmaps::default();
-        bitmaps.fill(baskets);
         Self {
             names,
-            bitmaps,
+            bitmaps: Bitmaps::new(baskets),
             loads: baskets.loads(),
             counts,
         }
-    }
-
-    /// The level of rows that were cut.
-    fn deeper(cut: &Baskets, names: Vec<u32>, desk: &mut Desk) -> Self {
-        let mut out = Self::new(cut, names, Vec::new());
-        let n = out.names.len();
-        for tile in 0..n.div_ceil(TILE) {
-            out.bitmaps.tile(tile, &mut desk.counts);
-            append_triangle(&mut out.counts, &desk.counts, tile, n);
-        }
-        out
     }
 
     /// Counts of a site with each later one.
@@ -128,9 +115,7 @@ impl Level {
 struct Desk {
     best: Best,
     histogram: Vec<u32>,
-    counts: Vec<u32>,
-    bitmaps: Bitmaps,
-    cut: Baskets<'static>,
+    pairs: Pairs,
 }
 
 impl Desk {
@@ -138,9 +123,41 @@ impl Desk {
         Self {
             best: Best::new(wanted.top),
             histogram: Vec::new(),
-            counts: Vec::new(),
-            bitmaps: Bitmaps::default(),
-            cut: Baskets::with_sites(0),
+            pairs: Pairs::default(),
+        }
+    }
+}
+
+/// Counts of pairs of rows that are cut on the way.
+#[derive(Default)]
+struct Pairs {
+    tally: Tally,
+    block: Block,
+    row: Vec<u32>,
+}
+
+impl Pairs {
+    /// Counts the pairs of rows over this many sites.
+    fn count(
+        &mut self,
+        (n_rows, n_sites): (usize, usize),
+        entries: f64,
+        mut rows: impl Iterator<Item = impl Iterator<Item = u32>>,
+    ) {
+        self.tally.reset(n_sites, 0..n_sites);
+        if Method::cheaper((n_rows, n_sites), entries, 1) == Method::Scatter {
+            for row in rows {
+                self.row.clear();
+                self.row.extend(row);
+                self.tally.add_row(&self.row);
+            }
+            return;
+        }
+        for first in (0..n_rows).step_by(ROWS) {
+            let some = ROWS.min(n_rows - first);
+            let places = Places::new(n_sites);
+            self.block.fill(places, some, rows.by_ref().take(some));
+            self.tally.add(&self.block);
         }
     }
 }
@@ -193,8 +210,15 @@ impl Search {
         }
     }
 
+    /// Least score that can still enter the best of all.
+    fn bar(&self) -> f64 {
+        let total = self.total.lock().unwrap_or_else(PoisonError::into_inner);
+        total.best.bar()
+    }
+
     /// All sets whose first site is this.
     fn first(&self, desk: &mut Desk, baskets: &Baskets, level: &Level, site: usize) {
+        desk.best.raise(self.bar());
         desk.histogram.clear();
         desk.histogram.resize(level.loads[site] as usize + 1, 0);
         let none = Prefix {
@@ -228,55 +252,51 @@ impl Search {
         }
         let names: Vec<u32> = kept.sites.iter().map(|&at| level.names[at]).collect();
         let rows = level.bitmaps.rows(site).map(|row| baskets.row(row));
-        if left > 2 {
-            let mut cut = Baskets::with_sites(names.len());
-            rows.for_each(|row| cut.push(kept.cut(row)));
-            let next = Level::deeper(&cut, names, desk);
-            (0..next.names.len()).for_each(|at| self.extend(desk, &cut, &next, at, prefix));
+        let rows = rows.map(|row| kept.cut(row));
+        let size = (level.loads[site] as usize, names.len());
+        let entries = kept.entries as f64;
+        if left == 2 {
+            desk.pairs.count(size, entries, rows);
+            self.pairs(desk, &names, prefix);
             return;
         }
-        let n_rows = level.loads[site] as usize;
-        let method = Method::cheaper(n_rows, names.len(), kept.entries as f64);
-        match method {
-            Method::Bits => {
-                let rows = rows.map(|row| kept.cut(row));
-                desk.bitmaps.fill_from(n_rows, names.len(), rows);
-            }
-            Method::Scatter => {
-                desk.cut.clear(names.len());
-                rows.for_each(|row| desk.cut.push(kept.cut(row)));
-            }
-        }
-        self.pairs(desk, method, &names, prefix);
+        let mut cut = Baskets::with_sites(names.len());
+        rows.for_each(|row| cut.push(row));
+        let whole = (0..cut.len()).map(|row| cut.row(row).iter().copied());
+        desk.pairs.count(size, entries, whole);
+        let mut counts = Vec::new();
+        desk.pairs.tally.append(&mut counts);
+        let next = Level::new(&cut, names, counts);
+        (0..next.names.len()).for_each(|at| self.extend(desk, &cut, &next, at, prefix));
     }
 
     /// All sets that end with a pair of the rows on the desk.
-    fn pairs(&self, desk: &mut Desk, method: Method, names: &[u32], prefix: Prefix) {
-        let n = names.len();
-        let mut counts = std::mem::take(&mut desk.counts);
-        for tile in 0..n.div_ceil(TILE) {
-            match method {
-                Method::Bits => desk.bitmaps.tile(tile, &mut counts),
-                Method::Scatter => scatter(&desk.cut, tile, &mut counts),
-            }
-            let (first, width) = (tile * TILE, counts.len() / TILE);
-            for site in first..(first + TILE).min(n) {
-                let start = (site - first) * width;
-                let mut prefix = prefix;
-                prefix.push(names[site], &self.inverse);
-                let counts = &counts[start + site + 1 - first..start + n - first];
-                self.ends(desk, &names[site + 1..], counts, prefix);
-            }
+    fn pairs(&self, desk: &mut Desk, names: &[u32], prefix: Prefix) {
+        let Desk {
+            best,
+            histogram,
+            pairs,
+        } = desk;
+        for (site, &name) in names.iter().enumerate() {
+            let mut prefix = prefix;
+            prefix.push(name, &self.inverse);
+            let counts = pairs.tally.after(site);
+            self.ends((best, histogram), &names[site + 1..], counts, prefix);
         }
-        desk.counts = counts;
     }
 
     /// The sets that end with each of the last sites.
-    fn ends(&self, desk: &mut Desk, names: &[u32], counts: &[u32], prefix: Prefix) {
+    fn ends(
+        &self,
+        (best, histogram): (&mut Best, &mut [u32]),
+        names: &[u32],
+        counts: &[u32],
+        prefix: Prefix,
+    ) {
         let Wanted { least, by_lift, .. } = self.wanted;
-        let mut bar = desk.best.bar();
+        let mut bar = best.bar();
         for (&name, &count) in names.iter().zip(counts) {
-            desk.histogram[count as usize] += 1;
+            histogram[count as usize] += 1;
             let mut score = f64::from(count);
             if by_lift {
                 score *= prefix.lift * self.inverse[name as usize];
@@ -285,12 +305,12 @@ impl Search {
                 let mut whole = prefix;
                 whole.push(name, &self.inverse);
                 let sites = whole.sites;
-                desk.best.offer(Found {
+                best.offer(Found {
                     score,
                     count,
                     sites,
                 });
-                bar = desk.best.bar();
+                bar = best.bar();
             }
         }
     }

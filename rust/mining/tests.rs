@@ -5,6 +5,7 @@ use super::set_chance::{count_sets, set_chance};
 use super::sets::find_sets;
 use super::{Baskets, Method, Sets, Strata, Wanted};
 use crate::parallel::Pool;
+use crate::rng::Rng;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -101,6 +102,57 @@ proptest! {
         let counts = count_sets(&baskets(&rows, 15), &sets.concat(), 3, &pool);
         let expected: Vec<u32> = sets.iter().map(|set| brute(&rows, set)).collect();
         prop_assert_eq!(counts, expected);
+    }
+}
+
+#[test]
+fn odd_sizes_equal_brute_force() {
+    let mut rng = Rng::new(1, 0, 0);
+    for n_sites in [1_usize, 2, 63, 64, 65, 511, 512, 513, 1030] {
+        for n_rows in [0, 1, 255, 256] {
+            let rows: Vec<Vec<u32>> = (0..n_rows)
+                .map(|_| {
+                    let few = rng.next() as usize % 12;
+                    rng.distinct(n_sites, few)
+                })
+                .collect();
+            let mut expected = vec![0; n_sites * n_sites];
+            let mut baskets = Baskets::with_sites(n_sites);
+            for row in &rows {
+                baskets.push(row.iter().copied());
+                for &one in row {
+                    for &two in row {
+                        expected[one as usize * n_sites + two as usize] += 1;
+                    }
+                }
+            }
+            let upper = (0..n_sites).flat_map(|one| {
+                let row = one * n_sites;
+                expected[row + one + 1..row + n_sites].iter().copied()
+            });
+            let expected: Vec<u32> = upper.collect();
+            for (threads, method) in [(1, Method::Bits), (2, Method::Bits), (2, Method::Scatter)] {
+                let pool = Pool::new(threads).unwrap();
+                let counts = count_pairs(&baskets, method, &pool, &mut |_| true);
+                assert_eq!(counts.as_ref(), Some(&expected));
+            }
+        }
+    }
+}
+
+#[test]
+fn many_rows_do_not_run_over() {
+    for n_rows in [8191_usize, 8192, 8193, 65_535, 65_536, 131_073] {
+        let mut baskets = Baskets::with_sites(4);
+        for row in 0..n_rows {
+            baskets.push((0..if row % 2 == 0 { 4 } else { 3 }).map(|site| site as u32));
+        }
+        let (all, even) = (n_rows as u32, n_rows.div_ceil(2) as u32);
+        for method in [Method::Bits, Method::Scatter] {
+            let pool = Pool::new(2).unwrap();
+            let counts = count_pairs(&baskets, method, &pool, &mut |_| true);
+            assert_eq!(counts, Some(vec![all, all, even, all, even, even]));
+        }
     }
 }
 

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::error::Result;
+use crate::mining::Baskets;
 use crate::py::errors;
 use crate::rows::{Entry, Rows};
 use crate::square::{Draft, Sheet};
@@ -92,6 +93,11 @@ impl<'py> Held<'py> {
     /// A checked copy of the rows.
     pub fn rows(&self, n_sites: usize) -> PyResult<Rows> {
         self.checked(n_sites, Rows::new)
+    }
+
+    /// The rows as sets of sites, checked.
+    pub fn baskets(&self, n_sites: usize) -> PyResult<Baskets<'_>> {
+        self.checked(n_sites, Baskets::new)
     }
 
     fn checked<'a, T>(

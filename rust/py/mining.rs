@@ -1,12 +1,13 @@
-//! `mine_pairs`, `mine_sets`, `count_sets`: exhaustive mining with a Python callback.
+//! `mine_sets`, `count_sets`: exhaustive mining with a Python callback.
 
 use numpy::{PyArray1, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::error::Result;
-use crate::mining::{self, Baskets, MinedSets, MiningParams};
-use crate::py::{arrays, errors};
+use crate::mining::{self, MinedSets, MiningParams};
+use crate::py::arrays::{self, Held};
+use crate::py::errors;
 
 /// Settings as Python passes them.
 #[derive(FromPyObject)]
@@ -32,31 +33,6 @@ impl From<Settings> for MiningParams {
             chance: from.chance,
             threads: from.threads,
         }
-    }
-}
-
-/// Sparse rows as Python passes them.
-struct Arrays<'py> {
-    indptr: PyReadonlyArrayDyn<'py, i64>,
-    sites: PyReadonlyArrayDyn<'py, u32>,
-    values: PyReadonlyArrayDyn<'py, f32>,
-}
-
-impl<'py> Arrays<'py> {
-    fn new(rows: &Bound<'py, PyTuple>) -> PyResult<Self> {
-        Ok(Self {
-            indptr: arrays::array(&rows.get_item(0)?, "indptr")?,
-            sites: arrays::array(&rows.get_item(1)?, "sites")?,
-            values: arrays::array(&rows.get_item(2)?, "values")?,
-        })
-    }
-
-    fn baskets(&self, py: Python, n_sites: usize) -> PyResult<Baskets<'_>> {
-        let indptr = arrays::view(&self.indptr, "indptr", 1)?;
-        let sites = arrays::view(&self.sites, "sites", 1)?;
-        let values = arrays::view(&self.values, "values", 1)?;
-        let baskets = py.detach(|| Baskets::new(indptr, sites, values, n_sites));
-        baskets.map_err(|error| errors::to_python(py, &error))
     }
 }
 
@@ -97,33 +73,9 @@ fn run<T: Send>(
     found.ok_or_else(|| failure.unwrap_or_else(stopped))
 }
 
-/// Counts of all pairs of sites and what chance gives; `watch` is called with stage and share.
-#[pyfunction]
-pub(crate) fn mine_pairs<'py>(
-    py: Python<'py>,
-    rows: &Bound<'py, PyTuple>,
-    n_sites: usize,
-    strata: Option<&Bound<'py, PyAny>>,
-    settings: Settings,
-    watch: &Bound<'py, PyAny>,
-) -> PyResult<Bound<'py, PyDict>> {
-    let rows = Arrays::new(rows)?;
-    let baskets = rows.baskets(py, n_sites)?;
-    let strata = numbers(strata)?;
-    let (strata, params) = (numbers_view(&strata)?, settings.into());
-    let found = run(watch, |watch| {
-        mining::mine_pairs(&baskets, strata, &params, watch)
-    })?;
-    let out = PyDict::new(py);
-    out.set_item("count", PyArray1::from_vec(py, found.count))?;
-    out.set_item("load", PyArray1::from_vec(py, found.load))?;
-    out.set_item("expected", PyArray1::from_vec(py, found.expected))?;
-    out.set_item("variance", PyArray1::from_vec(py, found.variance))?;
-    out.set_item("log10_p", PyArray1::from_vec(py, found.log10_p))?;
-    Ok(out)
-}
-
-/// The best larger sets of sites, how many have each count, and what chance gives.
+/// The best sets of sites, how many have each count, and what chance gives.
+///
+/// `watch` is called with stage and share.
 #[pyfunction]
 pub(crate) fn mine_sets<'py>(
     py: Python<'py>,
@@ -133,8 +85,8 @@ pub(crate) fn mine_sets<'py>(
     settings: Settings,
     watch: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyDict>> {
-    let rows = Arrays::new(rows)?;
-    let baskets = rows.baskets(py, n_sites)?;
+    let rows = Held::new(rows)?;
+    let baskets = rows.baskets(n_sites)?;
     let strata = numbers(strata)?;
     let (strata, params) = (numbers_view(&strata)?, MiningParams::from(settings));
     let found = run(watch, |watch| {
@@ -150,10 +102,12 @@ fn plain(py: Python<'_>, found: MinedSets, size: usize) -> PyResult<Bound<'_, Py
     out.set_item("count", PyArray1::from_vec(py, found.count))?;
     out.set_item("load", PyArray1::from_vec(py, found.load))?;
     let histogram = found.histogram.into_iter().map(|sets| sets as i64);
+    out.set_item("lift", PyArray1::from_vec(py, found.lift))?;
     out.set_item("histogram", PyArray1::from_iter(py, histogram))?;
     out.set_item("expected", PyArray1::from_vec(py, found.expected))?;
     out.set_item("variance", PyArray1::from_vec(py, found.variance))?;
     out.set_item("log10_p", PyArray1::from_vec(py, found.log10_p))?;
+    out.set_item("q", PyArray1::from_vec(py, found.q))?;
     Ok(out)
 }
 
@@ -166,8 +120,8 @@ pub(crate) fn count_sets<'py>(
     sets: &Bound<'py, PyAny>,
     threads: usize,
 ) -> PyResult<Bound<'py, PyArray1<u32>>> {
-    let rows = Arrays::new(rows)?;
-    let baskets = rows.baskets(py, n_sites)?;
+    let rows = Held::new(rows)?;
+    let baskets = rows.baskets(n_sites)?;
     let sets = arrays::array::<u32>(sets, "sets")?;
     let view = arrays::view(&sets, "sets", 2)?;
     let size = sets.shape()[1];

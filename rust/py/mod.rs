@@ -24,7 +24,7 @@ mod _core {
     #[pymodule_export]
     use super::fitting::{fit_dictionary, fit_square};
     #[pymodule_export]
-    use super::mining::{count_sets, mine_pairs, mine_sets};
+    use super::mining::{count_sets, mine_sets};
 
     #[pymodule_export]
     use super::square::encode_square;

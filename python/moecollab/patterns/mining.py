@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -26,11 +27,12 @@ from moecollab.record.activations import Activations, load_activations
 from moecollab.record.rows import Rows
 
 if TYPE_CHECKING:
-    from moecollab._core import MinedPairs, MinedSets, MiningSettings
+    from moecollab._core import MinedSets, MiningSettings
 
 Null: TypeAlias = Literal["load", "token", "none"]
 By: TypeAlias = Literal["count", "lift"]
 MOST_MEMBERS = 6
+CHANCE = ("expected", "z", "log10_p", "q")
 TOP_PAIRS, TOP_SETS = 5_000_000, 100_000
 
 
@@ -120,11 +122,10 @@ def mine(  # noqa: PLR0913 (one parameter per option)
         "threads": threads or 0,
     }
     strata = source.token_ids if null == "token" else None
-    found = _pairs(source, strata, settings) if size == 2 else _sets(source, strata, settings)
-    table, histogram = found
+    found = _found(source, strata, settings)
     mined = Mined(
-        table=table,
-        histogram=histogram,
+        table=_table(source, found),
+        histogram=_histogram(found["histogram"]),
         size=size,
         n_rows=n_rows,
         least=least,
@@ -175,46 +176,11 @@ def count_sets(rows: Rows, sets: NDArray[np.uint32], threads: int | None = None)
     return count(arrays, rows.n_sites, np.ascontiguousarray(sets, np.uint32), threads or 0)
 
 
-def _pairs(
+def _found(
     source: Source, strata: NDArray[np.uint32] | None, settings: MiningSettings
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    from moecollab._core import mine_pairs
-
-    found: MinedPairs = _run(mine_pairs, source, strata, settings)
-    count, load = found["count"], found["load"]
-    first, second = np.triu_indices(source.rows.n_sites, 1)
-    histogram = np.bincount(count, minlength=source.rows.n_rows + 1)
-    chance = _chance(found, len(count), len(count))
-    kept = np.flatnonzero(count >= settings["least"])
-    sites = np.stack([first[kept], second[kept]], axis=1)
-    lift = _lift(sites, count[kept], load, source.rows.n_rows)
-    order = np.argsort(-(lift if settings["by_lift"] else count[kept]), kind="stable")
-    order = order[: settings["top"]]
-    kept = kept[order]
-    chance = {name: values[kept] for name, values in chance.items()}
-    table = _table(source, sites[order], count[kept], lift[order], chance)
-    return table, _histogram(histogram)
-
-
-def _sets(
-    source: Source, strata: NDArray[np.uint32] | None, settings: MiningSettings
-) -> tuple[pl.DataFrame, pl.DataFrame]:
+) -> MinedSets:
     from moecollab._core import mine_sets
 
-    found: MinedSets = _run(mine_sets, source, strata, settings)
-    sites, count = found["site"], found["count"]
-    lift = _lift(sites, count, found["load"], source.rows.n_rows)
-    # Ranks among the kept are at most those among all sets, so q is never too small.
-    chance = _chance(found, len(count), math.comb(source.rows.n_sites, settings["size"]))
-    return _table(source, sites, count, lift, chance), _histogram(found["histogram"])
-
-
-def _run(
-    verb: Any,  # noqa: ANN401 (one of two functions of the core)
-    source: Source,
-    strata: NDArray[np.uint32] | None,
-    settings: MiningSettings,
-) -> Any:  # noqa: ANN401 (what that function returns)
     rows = source.rows
     with track("mine", total=100) as bar:
         done = {"count": 0.0, "chance": 0.0}
@@ -224,80 +190,49 @@ def _run(
             bar.remark(stage)
             done[stage] = share
 
-        return verb((rows.indptr, rows.sites, rows.values), rows.n_sites, strata, settings, watch)
+        arrays = (rows.indptr, rows.sites, rows.values)
+        return mine_sets(arrays, rows.n_sites, strata, settings, watch)
 
 
-def _lift(
-    sites: NDArray[Any], count: NDArray[Any], load: NDArray[Any], n_rows: int
-) -> NDArray[np.float64]:
-    share = load.astype(np.float64) / n_rows
-    lift: NDArray[np.float64] = count / n_rows / np.prod(share[sites], axis=1)
-    return lift
-
-
-def _chance(
-    found: MinedPairs | MinedSets, n_sets: int, n_tests: int
-) -> dict[str, NDArray[np.float64]]:
-    """What chance gives for every set; NaN if it was not asked for."""
-    if not len(found["expected"]):
-        return {name: np.full(n_sets, np.nan) for name in ("expected", "variance", "log10_p", "q")}
-    return {
-        "expected": found["expected"],
-        "variance": found["variance"],
-        "log10_p": found["log10_p"],
-        "q": _adjusted(found["log10_p"], n_tests),
-    }
-
-
-def _adjusted(log10_p: NDArray[np.float64], n_tests: int) -> NDArray[np.float64]:
-    """Benjamini-Hochberg adjusted p of some of `n_tests` tests; NaN stays."""
-    tested = np.flatnonzero(~np.isnan(log10_p))
-    order = tested[np.argsort(log10_p[tested], kind="stable")]
-    rank = np.arange(1, len(order) + 1)
-    raised = np.minimum(log10_p[order] + math.log10(n_tests) - np.log10(rank), 0.0)
-    q = np.full(len(log10_p), np.nan)
-    q[order] = 10.0 ** np.minimum.accumulate(raised[::-1])[::-1]
-    return q
-
-
-def _table(
-    source: Source,
-    sites: NDArray[Any],
-    count: NDArray[Any],
-    lift: NDArray[np.float64],
-    chance: dict[str, NDArray[np.float64]],
-) -> pl.DataFrame:
-    size, layers = sites.shape[1], np.asarray(source.layers, np.uint32)
-    place, expert = np.divmod(sites, source.n_experts)
-    found: dict[str, Any] = {}
-    for at, letter in enumerate("abcdef"[:size]):
-        found[f"layer_{letter}"] = layers[place[:, at]]
-        found[f"expert_{letter}"] = expert[:, at].astype(np.uint16)
-    spread = np.sqrt(chance["variance"])
-    z = np.full(len(count), np.nan)
-    np.divide(count - chance["expected"], spread, out=z, where=spread > 0)
-    found |= {
+def _table(source: Source, found: MinedSets) -> pl.DataFrame:
+    size, count, lift = found["site"].shape[1], found["count"], found["lift"]
+    sites = np.arange(source.rows.n_sites)
+    layer = np.asarray(source.layers, np.uint32)[sites // source.n_experts]
+    expert = (sites % source.n_experts).astype(np.uint16)
+    members = [np.ascontiguousarray(found["site"][:, at]) for at in range(size)]
+    table: dict[str, Any] = {}
+    for letter, member in zip("abcdef", members, strict=False):
+        table |= {f"layer_{letter}": layer[member], f"expert_{letter}": expert[member]}
+    places = [member // np.uint32(source.n_experts) for member in members]
+    table |= {
         "count": count,
         "support": count / source.rows.n_rows,
-        "expected": chance["expected"],
         "lift": lift,
         "pmi": np.log2(lift),
-        "z": z,
-        "log10_p": chance["log10_p"],
-        "q": chance["q"],
-        "relation": pl.Series(RELATIONS, dtype=pl.Enum(RELATIONS)).gather(_relation(place)),
+        "relation": pl.Series(RELATIONS, dtype=pl.Enum(RELATIONS)).gather(_relation(places)),
     }
-    return pl.DataFrame(found, schema=columns(size)).with_columns(
-        pl.col("expected", "z", "log10_p", "q").fill_nan(None)
-    )
+    schema = columns(size)
+    table |= _chance(found) or dict.fromkeys(CHANCE)
+    return pl.DataFrame({name: table[name] for name in schema}, schema=schema)
 
 
-def _relation(place: NDArray[Any]) -> NDArray[np.int64]:
+def _chance(found: MinedSets) -> dict[str, pl.Series]:
+    """What chance gives for every set, null where it has nothing to say; empty if not asked."""
+    if len(found["expected"]) < len(found["count"]):
+        return {}
+    spread = np.sqrt(found["variance"])
+    z = np.full(len(spread), np.nan)
+    np.divide(found["count"] - found["expected"], spread, out=z, where=spread > 0)
+    told = {"expected": found["expected"], "z": z, "log10_p": found["log10_p"], "q": found["q"]}
+    return {name: pl.Series(values).fill_nan(None) for name, values in told.items()}
+
+
+def _relation(places: list[NDArray[np.uint32]]) -> NDArray[np.int64]:
     """0: two members share a layer; 1: no step is longer than one MoE layer; 2: the rest."""
-    step = np.diff(place, axis=1)
-    relation: NDArray[np.int64] = np.where(
-        (step == 0).any(axis=1), 0, np.where((step <= 1).all(axis=1), 1, 2)
-    )
+    steps = [later - own for own, later in pairwise(places)]
+    same = np.logical_or.reduce([step == 0 for step in steps])
+    far = np.logical_or.reduce([step > 1 for step in steps])
+    relation: NDArray[np.int64] = np.where(same, 0, 1 + far)
     return relation
 
 
