@@ -64,7 +64,13 @@ def test_learn(benchmark, n_atoms):
 @pytest.mark.parametrize("size", [0.0, 1.0], ids=lambda size: f"size {size}")
 def test_fit(benchmark, size):
     x, _ = routing(N_ROWS, 8, 16, 32)
-    settings = {"atoms": [32, 48], "dictionary_size": size, "sparsity": 150.0, "batch": 0}
+    settings = {
+        "atoms": [32, 48],
+        "copies": False,
+        "dictionary_size": size,
+        "sparsity": 150.0,
+        "batch": 0,
+    }
     settings |= {"reconstruction": 300.0, "passes": 2.0, "max_iterations": 50}
     settings |= {"tolerance": 1e-3, "seed": 0, "threads": 1}
     run = (sparse(x), x.shape[1], settings, lambda row: None)

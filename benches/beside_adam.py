@@ -26,6 +26,7 @@ def ours(rows, options):
     begin, cpu, trace = time.perf_counter(), time.process_time(), []
     settings = {
         "atoms": options.atoms,
+        "copies": True,
         "dictionary_size": 1.0,
         "sparsity": options.sparsity,
         "reconstruction": options.reconstruction,

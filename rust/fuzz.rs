@@ -73,6 +73,7 @@ fn params() -> impl Strategy<Value = Params> {
             )| {
                 Params {
                     atoms,
+                    copies: seed % 2 == 1,
                     dictionary_size,
                     sparsity,
                     reconstruction,

@@ -75,7 +75,7 @@ pub fn fit_below(
     let mut target = Target::new(rows, weight);
     for (at, &n_atoms) in params.atoms.iter().enumerate() {
         let mut level = Level::empty(target, n_atoms);
-        if let Some(above) = levels.last() {
+        if let Some(above) = levels.last().filter(|_| !params.copies) {
             start_from_pieces(&mut level, &pieces(above, &shop.pool, n_atoms));
         }
         if matches!(stop, StopReason::Tolerance | StopReason::MaxIterations) {
@@ -345,6 +345,7 @@ mod tests {
         let (atoms, reconstruction) = (vec![6, 8], 30.0);
         let all = Params {
             atoms,
+            copies: false,
             dictionary_size: 1.0,
             sparsity,
             reconstruction,

@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 pub struct Params {
     /// Atoms of each level, coarse to fine.
     pub atoms: Vec<usize>,
+    /// Whether finer levels may copy the atoms above, which the objective alone prefers.
+    pub copies: bool,
     /// Weight of the dictionary size; the paper's is 1, at 0 no atom is switched off.
     pub dictionary_size: f64,
     /// Weight of the code sparsity, the paper's lambda 1.
@@ -154,6 +156,7 @@ mod tests {
         let atoms = vec![2, 3];
         Params {
             atoms,
+            copies: false,
             dictionary_size: 1.0,
             sparsity,
             reconstruction,

@@ -135,8 +135,12 @@ impl<'a, 'b> Workshop<'a, 'b> {
         self.descend(level, 1, (stage, coarse), true)
     }
 
-    /// Fits a finer level to its target, from the atoms it has.
+    /// Fits a finer level to its target, from the atoms it has or, without any, from copies.
     pub fn fit_finer(&mut self, level: &mut Level, number: usize) -> StopReason {
+        if !level.finer {
+            let mut rng = self.rng(number, 0);
+            start_from_rows(level, &self.pool, self.lambda(), &mut rng);
+        }
         self.descend(level, number, (&format!("level {number}"), 1.0), true)
     }
 

@@ -19,6 +19,7 @@ from reference import objective
 
 SETTINGS = {
     "atoms": [8],
+    "copies": False,
     "dictionary_size": 1.0,
     "sparsity": 1.0,
     "reconstruction": 100.0,

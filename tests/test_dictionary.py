@@ -130,6 +130,25 @@ def test_no_worse_than_adam(sparsity, reconstruction):
     assert hsdl.fit(as_rows(x)).objective <= twin.fit()
 
 
+@pytest.mark.slow
+def test_two_levels_that_may_copy_are_no_worse_than_adam():
+    x, _ = planted(noise=0.015, seed=1)
+    hsdl = HSDL(atoms=(32, 64), sparsity=10.0, reconstruction=100.0, copies=True, threads=1)
+    twin = AdamTwin(torch.from_numpy(x), (32, 64), 10.0, 100.0)
+    assert hsdl.fit(as_rows(x)).objective <= twin.fit()
+
+
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_copies_lower_the_objective_and_are_copies(loss):
+    x = as_rows(planted(n_rows=300, noise=0.01, seed=2)[0])
+    pieces = HSDL(atoms=(32, 96), loss=loss, threads=1).fit(x)
+    copies = HSDL(atoms=(32, 96), loss=loss, copies=True, threads=1).fit(x)
+    assert copies.objective < pieces.objective
+    first, second = (level.atoms[level.peak > 0] for level in copies.levels)
+    first, second = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (first, second))
+    assert ((first @ second.T).max(axis=1) > 0.95).mean() > 0.8
+
+
 def test_result_scales_with_the_rows(data):
     """All terms of level 1 are homogeneous: rows of another scale give codes of that scale."""
     hsdl = HSDL(atoms=(30,), threads=1)
@@ -283,6 +302,7 @@ def test_wrong_shapes_types_and_versions_are_told(collab, tmp_path):
         ("reconstruction", 0.0),
         ("reconstruction", float("inf")),
         ("tolerance", float("nan")),
+        ("copies", "yes"),
         ("rows", "word"),
         ("weights", "heavy"),
         ("max_iterations", 0),

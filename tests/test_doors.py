@@ -8,6 +8,7 @@ from moecollab.errors import DataError, SettingsError, ShapeError
 
 COMMON = {
     "atoms": [2],
+    "copies": False,
     "dictionary_size": 1.0,
     "sparsity": 1.0,
     "reconstruction": 100.0,

@@ -29,6 +29,7 @@ LEARN = {
 }
 FIT = {
     "atoms": [30, 40],
+    "copies": False,
     "dictionary_size": 1.0,
     "sparsity": 1.0,
     "reconstruction": 300.0,

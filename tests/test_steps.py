@@ -131,7 +131,13 @@ def test_what_does_not_fit_is_refused(problem):
     with pytest.raises(ShapeError, match="atoms is float64"):
         _core.step_square(atoms.astype(float), np.ones((3, 3), np.float32), atoms, 1, 1)
     start = (atoms, np.ones(2, np.float32))
-    settings = {"atoms": [3], "dictionary_size": 1.0, "sparsity": 1.0, "reconstruction": 9.0}
+    settings = {
+        "atoms": [3],
+        "copies": False,
+        "dictionary_size": 1.0,
+        "sparsity": 1.0,
+        "reconstruction": 9.0,
+    }
     settings |= {"max_iterations": 5, "tolerance": 1e-3, "seed": 0, "threads": 1}
     with pytest.raises(DataError, match="atoms has length"):
         _core.fit_dictionary(arrays(x), 7, settings, print, start)

@@ -29,6 +29,7 @@ class FitSettings(TypedDict):
     """What to fit and how long; every key is needed."""
 
     atoms: Sequence[int]
+    copies: bool
     dictionary_size: float
     sparsity: float
     reconstruction: float
@@ -80,6 +81,7 @@ class SquareSettings(TypedDict):
     """What to fit under squared error and how long; every key is needed."""
 
     atoms: Sequence[int]
+    copies: bool
     dictionary_size: float
     sparsity: float
     reconstruction: float

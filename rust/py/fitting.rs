@@ -19,6 +19,7 @@ use crate::stage::{Record, Watcher};
 #[pyo3(from_item_all)]
 pub(crate) struct Settings {
     atoms: Vec<usize>,
+    copies: bool,
     dictionary_size: f64,
     sparsity: f64,
     reconstruction: f64,
@@ -32,6 +33,7 @@ impl From<Settings> for Params {
     fn from(from: Settings) -> Self {
         Self {
             atoms: from.atoms,
+            copies: from.copies,
             dictionary_size: from.dictionary_size,
             sparsity: from.sparsity,
             reconstruction: from.reconstruction,
@@ -48,6 +50,7 @@ impl From<Settings> for Params {
 #[pyo3(from_item_all)]
 pub(crate) struct SquareSettings {
     atoms: Vec<usize>,
+    copies: bool,
     dictionary_size: f64,
     sparsity: f64,
     reconstruction: f64,
@@ -63,6 +66,7 @@ impl From<SquareSettings> for SquareParams {
     fn from(from: SquareSettings) -> Self {
         Self {
             atoms: from.atoms,
+            copies: from.copies,
             dictionary_size: from.dictionary_size,
             sparsity: from.sparsity,
             reconstruction: from.reconstruction,

@@ -130,7 +130,9 @@ impl Workshop<'_, '_> {
         let (number, n_atoms) = place;
         let (starts, sites, values) = compressed(rows);
         let sheet = Sheet::new(&starts, &sites, &values, rows.width())?;
-        let atoms = if self.goes_on() {
+        let atoms = if self.goes_on() && self.params.copies {
+            random_rows(&sheet, n_atoms, self.params.seed)
+        } else if self.goes_on() {
             parts(rows, &row_weights, n_atoms)
         } else {
             Matrix::zeros(n_atoms, rows.width())

@@ -56,6 +56,7 @@ fn fit_params() -> impl Strategy<Value = SquareParams> {
     let atoms = prop::collection::vec(0_usize..7, 0..4);
     (atoms, weights, limits, any::<u64>()).prop_map(|(atoms, weights, limits, seed)| SquareParams {
         atoms,
+        copies: seed % 2 == 1,
         dictionary_size: weights.0,
         sparsity: weights.1,
         reconstruction: weights.2,

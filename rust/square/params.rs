@@ -12,6 +12,8 @@ const MOST_RATIO: f64 = 1e30;
 pub(crate) struct SquareParams {
     /// Atoms of each level, coarse to fine.
     pub atoms: Vec<usize>,
+    /// Whether finer levels may copy the atoms above, which the objective alone prefers.
+    pub copies: bool,
     /// Weight of the sum of largest codes, s; 0 for plain sparse coding.
     pub dictionary_size: f64,
     /// Weight of the code sparsity, lambda 1.

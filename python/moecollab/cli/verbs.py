@@ -87,6 +87,9 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     loss: Annotated[
         Literal["l1", "l2"], typer.Option(help="Absolute (the paper's) or squared errors")
     ] = "l1",
+    copies: Annotated[
+        bool, typer.Option("--copies", help="Let finer groups copy the coarser ones")
+    ] = False,
     rows: Annotated[
         Literal["token", "sample", "sample_sum"], typer.Option(help="What a row is")
     ] = "token",
@@ -98,7 +101,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     seed: Seed = 0,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
     rows_in_memory: Annotated[
-        int, typer.Option(help="Tokens held at once; of more, atoms come from a sample")
+        int, typer.Option(help="Tokens held at once; with more, passes go over blocks")
     ] = 524_288,
     overwrite: Overwrite = False,
 ) -> None:
@@ -115,6 +118,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
         sparsity=sparsity,
         reconstruction=reconstruction,
         loss=loss,
+        copies=copies,
         rows=rows,
         weights=weights,
         max_iterations=max_iterations,
@@ -127,11 +131,12 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     with progress.show():
         found = settings.fit(mc.load_activations(activations), checkpoint=checkpoint)
     found.save(out, overwrite=overwrite)
-    shutil.rmtree(checkpoint, ignore_errors=True)
     _say(f"{out}: {found!r}")
     if found.stop_reason == "interrupted":
-        typer.echo(f"stopped; {out} holds the best so far, --overwrite fits again", err=True)
+        more = "goes on from there" if checkpoint.exists() else "fits again"
+        typer.echo(f"stopped; {out} holds the best so far, --overwrite {more}", err=True)
         raise typer.Exit(130)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def mine(  # noqa: PLR0913 (one parameter per option)

@@ -83,6 +83,10 @@ class HSDL(Estimator):
         atoms of Euclidean norm 1, learned online and settled by exact steps. Atoms are reported
         with a largest entry of 1 all the same, codes inversely; the history is that of the
         solver's own scale.
+    copies : bool
+        Whether finer levels may copy the atoms above. By itself the objective prefers that nearly
+        everywhere, and then they say nothing new; by default they are made of pieces instead, which
+        costs some of the objective (``docs/performance.md``).
     rows : {"token", "sample", "sample_sum"}
         What a row of activations stands for: see :meth:`moecollab.Activations.rows`.
     weights : {"renormalised", "raw", "binary", "output"}
@@ -111,6 +115,7 @@ class HSDL(Estimator):
     sparsity: float | None = None
     reconstruction: float = 300.0
     loss: Loss = "l1"
+    copies: bool = False
     rows: Grain = "token"
     weights: Weights = "renormalised"
     max_iterations: int = 100
@@ -133,6 +138,8 @@ class HSDL(Estimator):
         for name, kinds in words.items():
             if getattr(self, name) not in kinds:
                 raise SettingsError(name, getattr(self, name), f"one of {', '.join(kinds)}")
+        if not isinstance(self.copies, bool):
+            raise SettingsError("copies", self.copies, "True or False")
         _check_whole("max_iterations", self.max_iterations, 1)
         _check_whole("seed", self.seed, 0)
         _check_whole("rows_in_memory", self.rows_in_memory, 1)

@@ -34,6 +34,7 @@ def run_engine(
     arrays = (rows.indptr, rows.sites, rows.values)
     common: FitSettings = {
         "atoms": settings["atoms"],
+        "copies": settings["copies"],
         "dictionary_size": float(settings["dictionary_size"]),
         "sparsity": float(settings["sparsity"]),
         "reconstruction": float(settings["reconstruction"]),

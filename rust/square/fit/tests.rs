@@ -5,6 +5,7 @@ use crate::square::learner::tests::grouped;
 fn params(atoms: &[usize], dictionary_size: f64) -> SquareParams {
     SquareParams {
         atoms: atoms.to_vec(),
+        copies: false,
         dictionary_size,
         sparsity: 1.0,
         reconstruction: 300.0,
