@@ -38,7 +38,7 @@ def costs(seed, out):
         found[name] = (
             extra,
             tokens,
-            {(layer, one) for layer, gone in plan.dropped().items() for one in gone},
+            {(layer, one) for layer, gone in plan.dropped.items() for one in gone},
         )
     return found
 

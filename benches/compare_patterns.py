@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -51,16 +52,23 @@ def by_hsdl(x: np.ndarray, n_atoms: int, seed: int) -> Atoms:
     return hsdl(x, (n_atoms,), seed)
 
 
+def by_squared_hsdl(x: np.ndarray, n_atoms: int, seed: int) -> Atoms:
+    """Level 1 of HSDL under squared errors."""
+    return hsdl(x, (n_atoms,), seed, "l2")
+
+
 def by_fine_hsdl(x: np.ndarray, n_atoms: int, seed: int) -> Atoms:
     """Level 2 of HSDL under a level 1 with a quarter of the atoms."""
     return hsdl(x, (n_atoms // 4, n_atoms), seed)
 
 
-def hsdl(x: np.ndarray, atoms: tuple[int, ...], seed: int) -> Atoms:
+def hsdl(
+    x: np.ndarray, atoms: tuple[int, ...], seed: int, loss: Literal["l1", "l2"] = "l1"
+) -> Atoms:
     """The finest level."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = mc.HSDL(atoms=atoms, seed=seed, max_iterations=40).fit(Rows.of(x))
+        found = mc.HSDL(atoms=atoms, loss=loss, seed=seed, max_iterations=40).fit(Rows.of(x))
     return scaled(found.levels[-1].atoms[found.live(len(atoms))])
 
 
@@ -114,6 +122,7 @@ def partition(labels: np.ndarray, used: np.ndarray, n_sites: int) -> Atoms:
 WAYS: dict[str, Callable[[np.ndarray, int, int], Atoms]] = {
     "HSDL, level 1": by_hsdl,
     "HSDL, level 2": by_fine_hsdl,
+    "HSDL of squared errors, level 1": by_squared_hsdl,
     "NMF": by_nmf,
     "k-means": by_kmeans,
     "spectral co-clustering": by_coclusters,
