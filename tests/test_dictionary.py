@@ -149,6 +149,15 @@ def test_copies_lower_the_objective_and_are_copies(loss):
     assert ((first @ second.T).max(axis=1) > 0.95).mean() > 0.8
 
 
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+def test_the_best_of_some_seeds_is_kept(loss):
+    x = as_rows(planted(n_rows=200, noise=0.05, seed=3)[0])
+    settings = {"atoms": (12,), "loss": loss, "reconstruction": 50.0, "threads": 1}
+    alone = [HSDL(**settings, seed=seed).fit(x).objective for seed in range(4, 8)]
+    assert len(set(alone)) > 1
+    assert HSDL(**settings, seed=4, n_init=4).fit(x).objective == min(alone)
+
+
 def test_result_scales_with_the_rows(data):
     """All terms of level 1 are homogeneous: rows of another scale give codes of that scale."""
     hsdl = HSDL(atoms=(30,), threads=1)
@@ -307,6 +316,7 @@ def test_wrong_shapes_types_and_versions_are_told(collab, tmp_path):
         ("weights", "heavy"),
         ("max_iterations", 0),
         ("seed", -1),
+        ("n_init", 0),
         ("threads", 0),
     ],
 )

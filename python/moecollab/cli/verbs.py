@@ -99,6 +99,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     max_iterations: Annotated[int, typer.Option(help="Longest fit, in rounds per stage")] = 100,
     tolerance: Annotated[float, typer.Option(help="Stop at this relative change")] = 1e-3,
     seed: Seed = 0,
+    n_init: Annotated[int, typer.Option(help="Seeds to try; the best fit is kept")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
     rows_in_memory: Annotated[
         int, typer.Option(help="Tokens held at once; with more, passes go over blocks")
@@ -124,6 +125,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
         max_iterations=max_iterations,
         tolerance=tolerance,
         seed=seed,
+        n_init=n_init,
         threads=threads,
         rows_in_memory=rows_in_memory,
     )
