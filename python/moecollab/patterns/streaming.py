@@ -23,7 +23,7 @@ from moecollab.errors import ConvergenceWarning, StaleInputError
 from moecollab.manifest import MANIFEST, read_json, write_json
 from moecollab.patterns.blocks import Blocks, read_block
 from moecollab.patterns.code_file import read_codes, write_codes
-from moecollab.patterns.collaboration import Collaboration, by_use
+from moecollab.patterns.collaboration import Collaboration, History, by_use
 from moecollab.patterns.passes import Descent, Pass, graver
 from moecollab.patterns.sizes import level_sizes
 from moecollab.patterns.steps import enter, leave, steps_of
@@ -76,14 +76,13 @@ def _stream(
         stop = descent.run(levels, hsdl.max_iterations if start is None else 1)
     if not descent.passes:
         return replace(start or sampled, stop_reason=stop)
-    if start is not None and stop == "max iterations":
-        stop = "tolerance"
-    before = () if start is None else start.history[:-1]
-    return replace(
-        _assemble(acts, sampled, descent.passes, folder / CODES),
-        history=(*before, *_history(sampled, descent.passes)),
-        stop_reason=graver(sampled.stop_reason, stop),
-    )
+    found = _assemble(acts, sampled, descent.passes, folder / CODES)
+    history = _history(sampled, descent.passes)
+    if start is None:
+        return replace(found, history=history, stop_reason=graver(sampled.stop_reason, stop))
+    reason = "tolerance" if stop == "max iterations" else stop  # one pass is all there is to do
+    reason = graver(start.stop_reason, sampled.stop_reason, reason)
+    return replace(found, history=(*start.history[:-1], *history), stop_reason=reason)
 
 
 @contextmanager
@@ -159,7 +158,7 @@ def _assemble(
     return replace(sampled, levels=levels, codes=read_codes(file, len(levels[0].atoms)))
 
 
-def _history(sampled: Collaboration, passes: Sequence[Pass[Any]]) -> list[dict[str, Any]]:
+def _history(sampled: Collaboration, passes: Sequence[Pass[Any]]) -> History:
     rows = [row | {"stage": f"sample, {row['stage']}"} for row in sampled.history[:-1]]
     last = passes[-1].row | {"stage": "final", "iteration": 0}
-    return [*rows, *(each.row for each in passes), last]
+    return (*rows, *(each.row for each in passes), last)
