@@ -1,6 +1,8 @@
 """Block steps of fits that never hold all rows, against slow twins."""
 
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,16 @@ import pytest
 from moecollab import _core
 from moecollab.errors import DataError, ShapeError
 from moecollab.patterns.dictionary import HSDL
-from moecollab.patterns.steps import weighted_median
+from moecollab.patterns.passes import Descent, Pass
+from moecollab.patterns.steps import (
+    Task,
+    enter,
+    follow,
+    full_scale,
+    leave,
+    steps_of,
+    weighted_median,
+)
 from planted import as_rows, planted
 from reference import best_entry
 
@@ -113,6 +124,88 @@ def test_levels_that_move_together_gain():
     assert len(joint) > 1
     assert all(one > two for one, two in pairwise(joint))
     assert found.objective == joint[-1] < apart
+
+
+LOSSES = pytest.mark.parametrize("loss", ["l1", "l2"])
+
+
+def levels_of(loss, n_levels=3):
+    """A fit of some levels, in its solver's scale, with the steps of its loss."""
+    x = as_rows(planted(n_rows=300, noise=0.05, seed=1)[0])
+    atoms = (12, 16, 10)[:n_levels]
+    found = HSDL(atoms=atoms, loss=loss, reconstruction=80.0, sparsity=5.0, threads=1).fit(x)
+    steps = steps_of(found.settings, 1)
+    return found, steps, enter(found.levels, 300, steps)
+
+
+@LOSSES
+def test_the_way_into_the_solvers_scale_and_back_changes_nothing(loss):
+    found, steps, levels = levels_of(loss)
+    back = leave(levels, 300)
+    for one, two in zip(found.levels, back, strict=True):
+        for name in ("atoms", "usage", "peak"):
+            assert getattr(one, name) == pytest.approx(getattr(two, name), rel=1e-5, abs=1e-7)
+    for stage in levels.stages:
+        assert steps.length(stage.atoms[stage.caps > 0]) == pytest.approx(1, abs=1e-5)
+
+
+@LOSSES
+def test_full_scale_keeps_products_and_caps(loss):
+    _, steps, levels = levels_of(loss)
+    first = levels.stages[0]
+    factor = np.linspace(0.2, 1, 12)
+    small = replace(first, atoms=(first.atoms * factor[:, None]).astype(np.float32))
+    scaled, found = full_scale(replace(small, caps=first.caps / factor), steps)
+    live = first.caps > 0
+    assert found[live] == pytest.approx(factor[live], rel=1e-5)
+    assert scaled.atoms == pytest.approx(first.atoms, abs=1e-6)
+    assert scaled.caps[live] == pytest.approx(first.caps[live], rel=1e-5)
+
+
+@LOSSES
+def test_use_and_caps_follow_the_scale_of_moved_atoms(loss):
+    """Halved atoms come back at full scale, with half the use and half the caps."""
+    _, steps, levels = levels_of(loss, n_levels=1)
+    half = replace(levels.stages[0], atoms=levels.stages[0].atoms / 2)
+    moved = SimpleNamespace(
+        settings=steps.settings, length=steps.length, move=lambda *_: half.atoms
+    )
+    descent = Descent(moved, None, "x")
+    found = descent._next(Pass(levels, {}, None, {}))
+    live = levels.stages[0].caps > 0
+    assert found.use[live] == pytest.approx(levels.use[live] / 2, rel=1e-5)
+    assert found.stages[0].caps[live] == pytest.approx(levels.stages[0].caps[live] / 2, rel=1e-5)
+
+
+def test_finer_levels_follow_until_nothing_is_gained():
+    """More steps than one, weighted by use: heavy atoms end closer than light ones."""
+    _, steps, levels = levels_of("l2", n_levels=2)
+    stage, rng = levels.stages[1], np.random.default_rng(0)
+    above = levels.stages[0].atoms * rng.uniform(0.3, 1, levels.stages[0].atoms.shape)
+    above = above.astype(np.float32)
+    weight = np.where(np.arange(12) % 2, 10.0, 0.01)
+    task = Task(above, weight)
+    once = steps_of(dict(steps.settings) | {"max_iterations": 1}, 1)
+    made = [stage, follow(stage, task, once), follow(stage, task, steps)]
+    costs = [task.cost(each, steps) for each in made]
+    assert costs[2] < costs[1] < costs[0]
+    done = made[2]
+    heavy = follow(stage, Task(above, np.full(12, 1.0)), steps)
+    rest = [steps.errors(above - made.links @ made.atoms) for made in (done, heavy)]
+    assert rest[0][1::2].sum() < rest[1][1::2].sum()
+
+
+def test_a_level_below_pulls_at_the_one_above_it():
+    _, steps, levels = levels_of("l2")
+    second, third = levels.stages[1:]
+    weight = levels.use
+    below = replace(third, atoms=np.roll(third.atoms, 7, axis=1))
+    free = follow(second, Task(levels.stages[0].atoms, weight), steps)
+    pulled = follow(second, Task(levels.stages[0].atoms, weight, below), steps)
+    goal = below.links @ below.atoms
+    use = second.links.sum(axis=0)
+    distance = [(use * np.square(goal - made.atoms).sum(axis=1)).sum() for made in (free, pulled)]
+    assert distance[1] < distance[0]
 
 
 def test_what_does_not_fit_is_refused(problem):

@@ -10,7 +10,6 @@ from moecollab.errors import ConvergenceWarning, SettingsError, StaleInputError
 from moecollab.patterns import blocks, streaming
 from moecollab.patterns.dictionary import HSDL, load_collaboration
 from planted import dense_codes
-from reference import objective
 
 SETTINGS = {"atoms": (6, 9), "sparsity": 5.0, "reconstruction": 80.0, "threads": 1}
 
@@ -40,37 +39,42 @@ def test_blocks_are_the_rows(acts):
         next(acts.token_blocks(size=0))
 
 
-def own_terms(acts, found):
-    """Dictionary size, sparsity and reconstruction of a squared-error fit in its solver's scale."""
-    first, second = found.levels
-    norms = [np.linalg.norm(level.atoms.astype(float), axis=1) for level in found.levels]
-    long, fine = (np.where(norm > 0, norm, 1.0) for norm in norms)
-    codes = dense_codes(found.codes, 6) * long
-    links, use = second.links * fine / long[:, None], codes.mean(axis=0)
-    rest = acts.rows("token").dense() - codes @ (first.atoms / long[:, None])
-    below = first.atoms / long[:, None] - links @ (second.atoms / fine[:, None])
-    return (
-        codes.max(axis=0).sum() + links.max(axis=0).sum(),
-        codes.sum(axis=1).mean() + use @ links.sum(axis=1),
-        0.5 * ((rest**2).sum(axis=1).mean() + use @ (below**2).sum(axis=1)),
-    )
+def twin_terms(x, found):
+    """The three terms over all levels in the solver's scale, in float64."""
+    codes = dense_codes(found.codes, len(found.levels[0].atoms)).astype(float)
+    atoms = [level.atoms.astype(float) for level in found.levels]
+    parts = [codes, *(level.links.astype(float) for level in found.levels[1:])]
+    if found.settings["loss"] == "l2":
+        long = [np.linalg.norm(each, axis=1) for each in atoms]
+        long = [np.where(each > 0, each, 1.0) for each in long]
+        for at, each in enumerate(parts):
+            parts[at] = each * long[at] / (long[at - 1][:, None] if at else 1.0)
+        atoms = [each / length[:, None] for each, length in zip(atoms, long, strict=True)]
+    target, weight, terms = x.astype(float), np.full(len(x), 1 / len(x)), np.zeros(3)
+    for own, code in zip(atoms, parts, strict=True):
+        rest = target - code @ own
+        squared = found.settings["loss"] == "l2"
+        error = 0.5 * (rest**2).sum(axis=1) if squared else np.abs(rest).sum(axis=1)
+        terms += code.max(axis=0).sum(), weight @ code.sum(axis=1), weight @ error
+        target, weight = own, code.sum(axis=0) / len(code)
+    return terms
 
 
-def test_objective_is_that_of_all_rows(acts, hsdl):
-    found = hsdl.fit(acts)
-    assert found.n_rows == acts.n_tokens == 367
-    codes = dense_codes(found.codes, 6)
-    if hsdl.loss == "l1":
-        atoms = [level.atoms for level in found.levels]
-        usage = [np.ones(found.n_rows), codes.sum(axis=0, dtype=float)]
-        x = acts.rows("token").dense()
-        parts = objective(x, atoms, [codes, found.levels[1].links], 5.0, 80.0, usage=usage)[:3]
-    else:
-        parts = own_terms(acts, found)
-    last = found.history[-1]
-    names = ("dictionary_size", "sparsity", "reconstruction", "total")
-    expected = *parts, parts[0] + 5.0 * parts[1] + 80.0 * parts[2]
-    assert [last[name] for name in names] == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("loss", ["l1", "l2"])
+@pytest.mark.parametrize("atoms", [(6,), (6, 9), (6, 9, 7), (6, 4, 8, 5)])
+def test_any_number_of_levels_has_the_objective_of_the_formula(loss, atoms, acts):
+    settings = {"sparsity": 5.0, "reconstruction": 80.0, "threads": 1, "loss": loss}
+    x = acts.rows("token").dense()
+    for held in (150, 400):
+        found = HSDL(atoms=atoms, rows_in_memory=held, **settings).fit(acts)
+        last, terms = found.history[-1], twin_terms(x, found)
+        names = ("dictionary_size", "sparsity", "reconstruction")
+        assert [last[name] for name in names] == pytest.approx(terms, rel=1e-5, abs=1e-8)
+        assert last["total"] == pytest.approx(terms @ (1.0, 5.0, 80.0), rel=1e-5)
+        usage = dense_codes(found.codes, atoms[0]).sum(axis=0, dtype=float)
+        for level in found.levels[1:]:
+            usage = usage @ level.links
+            assert level.usage == pytest.approx(usage, rel=1e-4)
 
 
 def test_codes_and_use_are_those_of_all_rows(acts, hsdl):
@@ -153,12 +157,48 @@ def test_a_checkpoint_of_another_run_is_refused(acts, hsdl, tmp_path):
         hsdl.fit(acts, checkpoint=tmp_path / "mine")
 
 
-def test_a_damaged_block_is_named(acts, hsdl, tmp_path):
+@pytest.mark.parametrize("cut", [lambda data: data[:20], lambda data: data[:-40] + bytes(40)])
+def test_damage_is_named(cut, acts, hsdl, tmp_path):
     hsdl.fit(acts, checkpoint=tmp_path / "c")
     sums = next((tmp_path / "c").rglob("sums.safetensors"))
-    sums.write_bytes(sums.read_bytes()[:20])
-    with pytest.raises(StaleInputError, match="is damaged; delete it"):
+    sums.write_bytes(cut(sums.read_bytes()))
+    with pytest.raises(StaleInputError, match=r"sums\.safetensors is damaged; delete it"):
         hsdl.fit(acts, checkpoint=tmp_path / "c")
+    sample = next((tmp_path / "c").rglob("sample"))
+    (sample / "atoms.safetensors").unlink()
+    with pytest.raises(StaleInputError, match="sample is damaged; delete it"):
+        hsdl.fit(acts, checkpoint=tmp_path / "c")
+
+
+def test_an_earlier_result_outlives_its_checkpoint(acts, hsdl, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 20)
+        with pytest.warns(ConvergenceWarning, match="interrupted"):
+            first = hsdl.fit(acts, checkpoint=tmp_path / "c")
+    before = np.array(first.codes.value)
+    hsdl.fit(acts, checkpoint=tmp_path / "c")
+    assert np.array_equal(first.codes.value, before)
+    first.save(tmp_path / "first")
+    assert np.array_equal(load_collaboration(tmp_path / "first").codes.value, before)
+
+
+def test_a_limit_in_the_passes_is_told(acts, hsdl):
+    with pytest.warns(ConvergenceWarning, match="max iterations"):
+        found = replace(hsdl, max_iterations=1).fit(acts)
+    assert found.stop_reason == "max iterations"
+    assert len(found.levels) == 2
+
+
+def test_fewer_rows_in_memory_than_atoms_are_refused(acts, hsdl):
+    with pytest.raises(SettingsError, match="rows_in_memory is 5; it must be at least 6"):
+        replace(hsdl, rows_in_memory=5).fit(acts)
+
+
+def test_a_stopped_fit_transform_has_all_rows(acts, hsdl, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.warns(ConvergenceWarning, match="interrupted"):
+            assert hsdl.fit_transform(acts).shape == (367, 6)
 
 
 def test_ctrl_c_in_the_sample_gives_the_best_so_far(acts, hsdl, monkeypatch, tmp_path):

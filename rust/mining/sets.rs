@@ -10,11 +10,14 @@ use super::baskets::Baskets;
 use super::best::{Best, Found, MOST_SITES};
 use super::bitmaps::Bitmaps;
 use super::pairs::{Method, count_pairs};
+use super::ranking::Lifts;
 use super::tally::{Block, Places, ROWS, Tally};
 use crate::parallel::Pool;
 
 /// Parts of the work after which progress is told.
 const BATCHES: f64 = 48.0;
+/// A running product of lifts may round to this fraction of the lift itself.
+const NEARLY: f64 = 1.0 - 1e-12;
 
 /// What to look for.
 #[derive(Debug, Clone, Copy)]
@@ -174,6 +177,7 @@ struct Search {
     wanted: Wanted,
     /// Rows over load of every site.
     inverse: Vec<f64>,
+    lifts: Lifts,
     n_rows: usize,
     total: Mutex<Sums>,
 }
@@ -186,14 +190,18 @@ struct Sums {
 impl Search {
     fn new(baskets: &Baskets, wanted: Wanted) -> Self {
         let n_rows = baskets.len();
-        let loads = baskets.loads().into_iter();
+        let loads = baskets.loads();
         let sums = Sums {
             best: Best::new(wanted.top),
             histogram: vec![0; n_rows + 1],
         };
         Self {
             wanted,
-            inverse: loads.map(|load| n_rows as f64 / f64::from(load)).collect(),
+            lifts: Lifts::new(&loads, n_rows),
+            inverse: loads
+                .into_iter()
+                .map(|load| n_rows as f64 / f64::from(load))
+                .collect(),
             n_rows,
             total: Mutex::new(sums),
         }
@@ -301,10 +309,13 @@ impl Search {
             if by_lift {
                 score *= prefix.lift * self.inverse[name as usize];
             }
-            if count >= least && score >= bar {
+            if count >= least && score >= bar * NEARLY {
                 let mut whole = prefix;
                 whole.push(name, &self.inverse);
                 let sites = whole.sites;
+                if by_lift {
+                    score = self.lifts.of(count, &sites[..whole.len]);
+                }
                 best.offer(Found {
                     score,
                     count,

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
 from moecollab.errors import StaleInputError
-from moecollab.manifest import write_bytes
+from moecollab.manifest import digest_bytes, write_bytes
 from moecollab.patterns.codes import Codes
 from moecollab.patterns.steps import Arrays, Atoms, Levels, Steps, weighted_median
 from moecollab.progress import track
@@ -29,13 +29,17 @@ HELD = 16_777_216
 
 @dataclass(frozen=True)
 class Blocks:
-    """Token rows in blocks of one size, and the folder for what is done with them."""
+    """Token rows in blocks of one size, and the folder for what is done with them.
+
+    If atoms are not `moving`, blocks only say what they cost.
+    """
 
     acts: Activations
     weights: Weights
     size: int
     steps: Steps
     folder: Path
+    moving: bool = True
 
     def measure(self, levels: Levels, number: int) -> tuple[Arrays, list[Path]]:
         """Codes all rows on the atoms of level 1, unless a file has it; forgets older passes."""
@@ -45,9 +49,9 @@ class Blocks:
             with track(f"pass {number} over all rows", len(paths)) as bar:
                 for at, path in enumerate(paths):
                     if not path.exists():
-                        write_bytes(path, save(self._share(levels, at)))
+                        write_arrays(path, self._share(levels, at))
                     bar.advance()
-            write_bytes(sums, save(summed(paths, levels.stages[0].atoms)))
+            write_arrays(sums, summed(paths, levels.stages[0].atoms))
         for old in self._paths(number - 2) if number > 2 else ():
             old.unlink(missing_ok=True)
         return read_arrays(sums) | {"rows": np.array(float(self.acts.n_tokens))}, paths
@@ -67,7 +71,8 @@ class Blocks:
         codes = self.steps.code(rows, first)
         parts: Arrays = {"indptr": codes.indptr, "atom": codes.atom, "value": codes.value}
         use = use_of(codes, len(first.atoms))
-        return {**parts, **use, **self.steps.share(rows, weight, first, codes)}
+        added = self.steps.share if self.moving else self.steps.cost
+        return {**parts, **use, **added(rows, weight, first, codes)}
 
 
 def use_of(codes: Codes, n_atoms: int) -> Arrays:
@@ -106,13 +111,37 @@ def _medians(paths: Sequence[Path], old: Atoms) -> Atoms:
     return found
 
 
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Arrays as a file that knows its own digest."""
+    write_bytes(path, save(arrays, {"digest": _digest(arrays)}))
+
+
 def read_arrays(path: Path) -> Arrays:
-    """Arrays of a file of ours."""
+    """Arrays of such a file.
+
+    Raises
+    ------
+    StaleInputError
+        When it is missing, truncated or not what was written.
+    """
     try:
         found: Arrays = load(path.read_bytes())
-    except SafetensorError as cause:
-        raise StaleInputError(f"{path} is damaged; delete it and fit again") from cause
+        with safe_open(path, "np") as file:
+            noted = (file.metadata() or {}).get("digest")
+    except (SafetensorError, OSError) as cause:
+        raise _damaged(path) from cause
+    if noted != _digest(found):
+        raise _damaged(path)
     return found
+
+
+def _digest(arrays: Arrays) -> str:
+    parts = (np.ascontiguousarray(arrays[name]).tobytes() for name in sorted(arrays))
+    return digest_bytes(b"".join(parts))
+
+
+def _damaged(path: Path) -> StaleInputError:
+    return StaleInputError(f"{path} is damaged; delete it and fit again")
 
 
 def read_block(path: Path) -> Codes:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.errors import DataError, SchemaError
+from moecollab.manifest import open_whole
 from moecollab.patterns.codes import Codes
 
 DTYPES = {"indptr": ("I64", np.int64), "atom": ("U32", np.uint32), "value": ("F32", np.float32)}
@@ -19,7 +20,9 @@ LONGEST_HEADER = 65_536
 
 
 def write_codes(path: Path, parts: Callable[[], Iterable[Codes]]) -> None:
-    """Writes codes that follow each other as one file; holds one part at a time.
+    """Writes codes that follow each other as one file, whole or not at all; holds one part.
+
+    What reads an older file of that name goes on reading the old one.
 
     Parameters
     ----------
@@ -32,7 +35,7 @@ def write_codes(path: Path, parts: Callable[[], Iterable[Codes]]) -> None:
     for part in parts():
         n_rows, n_entries = n_rows + part.n_rows, n_entries + len(part.atom)
     shapes = {"indptr": n_rows + 1, "atom": n_entries, "value": n_entries}
-    with path.open("wb") as file:
+    with open_whole(path) as file:
         file.write(_header(shapes))
         _write_pointers(file, parts())
         for part in parts():

@@ -60,9 +60,11 @@ class HSDL(Estimator):
     Level 1 starts from rows of the data: on a sample if there are many rows, where all moves are
     tried, then on all of them with block steps alone.
 
-    All terms of level 1 scale alike with the rows, so the weights need no change for rows of
-    another scale. The default weights are equal, so that a lone expert never makes an atom; a small
-    λ₁ spends atoms on single experts.
+    All terms of level 1 scale alike with the rows. Those of finer levels do not: where rows are far
+    below 1 (a tenth of renormalised weights still does no harm), finer levels do not pay and die.
+
+    The default weights are equal, so that a lone expert never makes an atom; a small λ₁ spends
+    atoms on single experts.
 
     Parameters
     ----------
@@ -85,8 +87,9 @@ class HSDL(Estimator):
         solver's own scale.
     copies : bool
         Whether finer levels may copy the atoms above. By itself the objective prefers that nearly
-        everywhere, and then they say nothing new; by default they are made of pieces instead, which
-        costs some of the objective (``docs/performance.md``).
+        everywhere, and then they say nothing new. By default they start from pieces instead; under
+        absolute errors they stay that, at a higher objective (``docs/performance.md``). Under
+        squared error the steps turn most of them into copies all the same.
     rows : {"token", "sample", "sample_sum"}
         What a row of activations stands for: see :meth:`moecollab.Activations.rows`.
     weights : {"renormalised", "raw", "binary", "output"}
@@ -98,14 +101,16 @@ class HSDL(Estimator):
     seed : int
         Seed of the starting atoms, in [0, 2⁶³).
     n_init : int
-        Fits from this many seeds, counted from `seed`; the one of the lowest objective is kept. On
-        real routing seeds differ by a few percent.
+        Fits from this many seeds, counted from `seed`; the one of the lowest objective is kept
+        (under squared error: before its levels move together). On real routing seeds differ by a
+        few percent.
     threads : int, optional
         Threads; one per processor by default. The result is the same for any number.
     rows_in_memory : int
-        Token rows held at once, ≥ 1. With more, the atoms are fitted to a sample of this size,
-        then passes go over all rows block by block, moving the atoms, until one gains less than
-        the tolerance: memory does not grow with the text.
+        Token rows held at once, at least as many as atoms of level 1. With more, the atoms are
+        fitted to a sample of this size, then passes go over all rows block by block, moving the
+        atoms, until one gains less than the tolerance: memory does not grow with the text. Files of
+        the checkpoint (or of the folder for temporary files) take about three times the codes.
 
     Examples
     --------
@@ -228,7 +233,10 @@ class HSDL(Estimator):
     def _noted(self, collab: Collaboration) -> Collaboration:
         """The result, kept; with a warning if it is not the end."""
         if not collab.converged:
-            warnings.warn(_warning(collab, self.tolerance), ConvergenceWarning, stacklevel=3)
+            text = _warning(collab, self.tolerance)
+            if self.atoms is not None and len(collab.levels) < len(self.atoms):
+                text += "; its finer levels were not reached"
+            warnings.warn(text, ConvergenceWarning, stacklevel=3)
         self.collaboration_ = collab
         return collab
 

@@ -65,6 +65,8 @@ class Estimator:
         float32 scipy.sparse.csr_array of shape (n_rows, n_atoms)
         """
         collab = self.fit(acts, y)
+        if collab.stop_reason == "interrupted":  # perhaps before all rows were coded
+            return self.transform(acts)
         return collab.codes.matrix(len(collab.levels[0].atoms))
 
     def transform(self, acts: Activations | Rows | Matrix) -> Matrix:

@@ -38,7 +38,7 @@ class Pass(Generic[Kept]):
 
 @dataclass
 class Descent(Generic[Kept]):
-    """Passes of one stage; the last of them is the best.
+    """Passes of one stage; ``rows`` is the history of those that gained.
 
     ``measure(levels, number)`` codes all rows on the atoms of level 1 and returns what they come
     to, usage and peak among it, with whatever holds the codes.
@@ -48,21 +48,22 @@ class Descent(Generic[Kept]):
     measure: Callable[[Levels, int], tuple[Arrays, Kept]]
     stage: str
     watch: Callable[[dict[str, Any]], object] = lambda _: None
-    passes: list[Pass[Kept]] = field(default_factory=list)
+    best: Pass[Kept] | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, levels: Levels, limit: int) -> str:
         """Goes on until a pass gains less than the tolerance; returns why it ended."""
         for number in range(1, limit + 1):
-            now = self.look(levels, number)
-            last = self.passes[-1] if self.passes else None
+            last = self.best
+            now = self.look(levels if last is None else self._next(last), number)
             if last is not None and now.objective >= last.objective:
                 return "tolerance"
-            self.passes.append(now)
+            self.best = now
+            self.rows.append(now.row)
             self.watch(now.row)
             least = self.steps.settings["tolerance"] * (last.objective if last else 0.0)
             if last is not None and last.objective - now.objective <= least:
                 return "tolerance"
-            levels = self._next(now)
         return "max iterations"
 
     def look(self, levels: Levels, number: int) -> Pass[Kept]:
@@ -96,4 +97,4 @@ class Descent(Generic[Kept]):
 
 def graver(*reasons: str) -> str:
     """The most serious of some stop reasons."""
-    return max(reasons, key=("nothing to fit", "tolerance", "max iterations", "interrupted").index)
+    return max(reasons, key=("tolerance", "max iterations", "nothing to fit", "interrupted").index)

@@ -9,9 +9,9 @@ put the atoms, and the next atoms are the means of these, weighted by use.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -75,8 +75,11 @@ class Steps(Protocol):
     def code(self, rows: Rows, stage: Stage) -> Codes:
         """Codes of rows, from nothing, under the stage's caps."""
 
+    def cost(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
+        """Weighted error of coded rows, ``cost``."""
+
     def share(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
-        """What coded rows add: ``cost``, their weighted error, and what the next atoms need."""
+        """What coded rows add: ``cost`` and what the next atoms need."""
 
     def move(self, stage: Stage, total: Arrays, pull: Pull | None) -> Atoms:
         """The next atoms from what all rows add up to."""
@@ -114,14 +117,17 @@ class Absolute:
         """Codes by exact coordinate steps."""
         return absolute_codes(rows, (stage.atoms, stage.caps), self.settings, self.threads)
 
+    def cost(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
+        """Absolute errors."""
+        return {"cost": np.array([absolute_error(stage.atoms, rows, codes, weight)])}
+
     def share(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
         """Where these rows would put the atoms."""
         from moecollab._core import step_atoms
 
         arrays, parts = (rows.indptr, rows.sites, rows.values), _parts(codes)
         moved = step_atoms(arrays, weight, stage.atoms, parts, self.threads)
-        cost = absolute_error(stage.atoms, rows, codes, weight)
-        return {"cost": np.array([cost]), "moved": moved}
+        return {**self.cost(rows, weight, stage, codes), "moved": moved}
 
     def move(self, stage: Stage, total: Arrays, pull: Pull | None) -> Atoms:  # noqa: ARG002 (level 1 moves alone)
         """The blocks have said where."""
@@ -148,6 +154,10 @@ class Squared:
     def code(self, rows: Rows, stage: Stage) -> Codes:
         """Codes by coordinate descent on the Gram matrix."""
         return squared_codes(rows, (stage.atoms, stage.caps), self.settings, self.threads)
+
+    def cost(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
+        """Half squared errors."""
+        return {"cost": self.share(rows, weight, stage, codes)["cost"]}
 
     def share(self, rows: Rows, weight: Vector, stage: Stage, codes: Codes) -> Arrays:
         """A, U and half the squared error."""
@@ -222,28 +232,55 @@ def full_scale(stage: Stage, steps: Steps) -> tuple[Stage, Vector]:
 def step_finer(levels: Levels, steps: Steps) -> Levels:
     """Levels below new atoms of level 1: coded anew, and moved one step where that is better."""
     found = list(levels.stages[:1])
-    for stage in levels.stages[1:]:
-        found.append(_follow(stage, found[-1].atoms, _weight(found, levels.use), steps))
+    for at, stage in enumerate(levels.stages[1:], start=2):
+        below = levels.stages[at] if at < len(levels.stages) else None
+        task = Task(found[-1].atoms, _weight(found, levels.use), below)
+        found.append(follow(stage, task, steps))
     return Levels(tuple(found), levels.use)
 
 
-def _follow(stage: Stage, above: Atoms, weight: Vector, steps: Steps) -> Stage:
+@dataclass(frozen=True)
+class Task:
+    """What a finer level has to explain: atoms with their weights; and the level below it."""
+
+    above: Atoms
+    weight: Vector
+    below: Stage | None = None
+
+    def cost(self, made: Stage, steps: Steps) -> float:
+        """The objective of a level, and of the one below as far as this one changes it."""
+        found = total(steps.settings, _finer_terms(made, self.above, self.weight, steps))
+        if self.below is None:
+            return found
+        weight = _weight([made], np.zeros(0))
+        return found + total(steps.settings, _finer_terms(self.below, made.atoms, weight, steps))
+
+    def pull(self, made: Stage) -> Pull | None:
+        """Where the level below wants a level's atoms."""
+        if self.below is None:
+            return None
+        return Pull(_weight([made], np.zeros(0)), _links(self.below) @ self.below.atoms)
+
+
+def follow(stage: Stage, task: Task, steps: Steps) -> Stage:
     """Block steps of one finer level until they gain less than the tolerance."""
-    rows = Rows.of(above)
+    rows = Rows.of(task.above)
 
-    def cost(made: Stage) -> float:
-        return total(steps.settings, _finer_terms(made, above, weight, steps))
+    def better(made: Stage) -> tuple[float, Stage]:
+        coded = _with_links(made, _dense(steps.code(rows, made), made))
+        return min(((task.cost(each, steps), each) for each in (made, coded)), key=itemgetter(0))
 
-    def better(made: Stage) -> Stage:
-        return min((made, _with_links(made, _dense(steps.code(rows, made), made))), key=cost)
-
-    best, gain = better(stage), math.inf
-    while gain > steps.settings["tolerance"] * cost(best):
-        atoms = steps.move(best, steps.share(rows, weight, best, _codes(best)), None)
+    cost, best = better(stage)
+    for _ in range(steps.settings["max_iterations"]):
+        shares = steps.share(rows, task.weight, best, _codes(best))
+        atoms = steps.move(best, shares, task.pull(best))
         moved, factor = full_scale(replace(best, atoms=atoms), steps)
         now = better(_with_links(moved, (_links(best) * factor).astype(np.float32)))
-        gain = cost(best) - cost(now)
-        best = now if gain > 0 else best
+        gain = cost - now[0]
+        if gain > 0:
+            cost, best = now
+        if gain <= steps.settings["tolerance"] * cost:
+            break
     return best
 
 

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moecollab.errors import ConvergenceWarning, StaleInputError
+from moecollab.errors import (
+    ConvergenceWarning,
+    DataError,
+    SchemaError,
+    SettingsError,
+    StaleInputError,
+)
 from moecollab.manifest import MANIFEST, read_json, write_json
 from moecollab.patterns.blocks import Blocks, read_block
 from moecollab.patterns.code_file import read_codes, write_codes
@@ -35,6 +41,7 @@ if TYPE_CHECKING:
     from moecollab.patterns.dictionary import HSDL
     from moecollab.record.activations import Activations
 
+FORMAT = 1
 BLOCK = 65_536
 SAMPLE, CODES = "sample", "codes.safetensors"
 
@@ -44,15 +51,18 @@ def fit_streamed(hsdl: HSDL, acts: Activations, checkpoint: Path | None) -> Coll
 
     Under squared error all levels move together in the passes. Under absolute error they would
     stand still: the pull of level 2 on an entry of level 1 is as strong as all data. There level 1
-    moves alone, then the finer levels are fitted below it to the sample.
+    moves alone; then the finer levels are fitted below it to the sample, and with it once more.
     """
     with _workspace(checkpoint) as folder:
         _claim(folder, hsdl, acts)
-        sizes = level_sizes(hsdl.atoms, hsdl.rows_in_memory, acts.n_sites)
+        sizes = level_sizes(hsdl.atoms, acts.n_tokens, acts.n_sites)
+        if sizes[0] > hsdl.rows_in_memory:
+            allowed = f"at least {sizes[0]}, a row for each atom of level 1"
+            raise SettingsError("rows_in_memory", hsdl.rows_in_memory, allowed)
         alone = hsdl.loss == "l1" and len(sizes) > 1
         first = replace(hsdl, atoms=sizes[:1] if alone else sizes)
         found = _stream(first, acts, folder / "first")
-        if alone and found.stop_reason != "interrupted":
+        if alone and found.stop_reason not in ("interrupted", "nothing to fit"):
             whole = replace(hsdl, atoms=sizes)
             found = _stream(whole, acts, folder / "whole", found)
         return found
@@ -67,17 +77,17 @@ def _stream(
         return sampled if start is None else replace(start, stop_reason="interrupted")
     steps = steps_of(sampled.settings, hsdl.threads or 0)
     size = min(BLOCK, hsdl.rows_in_memory)
-    blocks = Blocks(acts, hsdl.weights, size, steps, folder)
+    blocks = Blocks(acts, hsdl.weights, size, steps, folder, moving=start is None)
     name = "all rows" if len(sampled.levels) > 1 else "level 1 on all rows"
     descent = Descent(steps, blocks.measure, name)
     stop = "interrupted"
     with suppress(KeyboardInterrupt):
         levels = enter(sampled.levels, sampled.n_rows, steps)
         stop = descent.run(levels, hsdl.max_iterations if start is None else 1)
-    if not descent.passes:
+    if descent.best is None:
         return replace(start or sampled, stop_reason=stop)
-    found = _assemble(acts, sampled, descent.passes, folder / CODES)
-    history = _history(sampled, descent.passes)
+    found = _assemble(acts, sampled, descent.best, folder / CODES)
+    history = _history(sampled, descent.rows)
     if start is None:
         return replace(found, history=history, stop_reason=graver(sampled.stop_reason, stop))
     reason = "tolerance" if stop == "max iterations" else stop  # one pass is all there is to do
@@ -100,7 +110,7 @@ def _claim(folder: Path, hsdl: HSDL, acts: Activations) -> None:
     """Notes whose checkpoint this is, or refuses one of another run."""
     settings = asdict(hsdl) | {"atoms": None if hsdl.atoms is None else list(hsdl.atoms)}
     del settings["threads"]
-    mine = {"activations": acts.digest(), "settings": settings}
+    mine = {"activations": acts.digest(), "settings": settings, "format": [FORMAT, BLOCK]}
     path = folder / MANIFEST
     if path.exists():
         found = read_json(path)
@@ -110,7 +120,7 @@ def _claim(folder: Path, hsdl: HSDL, acts: Activations) -> None:
                 f"{folder} is the checkpoint of a fit with other {' and '.join(changed)}; "
                 "give the same, or delete it"
             )
-    elif any(folder.iterdir()):
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise StaleInputError(f"{folder} is not empty and no checkpoint; choose another folder")
     else:
         write_json(path, mine)
@@ -121,7 +131,12 @@ def _fit_sample(
 ) -> Collaboration:
     """Levels fitted to a sample, below the atoms of `start` if it is given."""
     if (folder / SAMPLE).is_dir():
-        return load_collaboration(folder / SAMPLE)
+        try:
+            return load_collaboration(folder / SAMPLE)
+        except (DataError, SchemaError) as cause:
+            raise StaleInputError(
+                f"{folder / SAMPLE} is damaged; delete it and fit again"
+            ) from cause
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said once, of the whole
         found = hsdl.fit_rows(_draw(hsdl, acts), None if start is None else start.levels[0])
@@ -146,19 +161,15 @@ def _draw(hsdl: HSDL, acts: Activations) -> Rows:
 
 
 def _assemble(
-    acts: Activations, sampled: Collaboration, passes: Sequence[Pass[list[Path]]], file: Path
+    acts: Activations, sampled: Collaboration, best: Pass[list[Path]], file: Path
 ) -> Collaboration:
-    """The best pass as a collaboration; its codes are read only where they are looked at."""
-    best = passes[-1]
+    """A pass as a collaboration; its codes are read only where they are looked at."""
     levels, place = by_use(leave(best.levels, acts.n_tokens))
-    scale = best.levels.largest()
-    write_codes(
-        file, lambda: (read_block(each).scaled(scale).renamed(place) for each in best.codes)
-    )
+    scale, blocks = best.levels.largest(), best.codes
+    write_codes(file, lambda: (read_block(each).scaled(scale).renamed(place) for each in blocks))
     return replace(sampled, levels=levels, codes=read_codes(file, len(levels[0].atoms)))
 
 
-def _history(sampled: Collaboration, passes: Sequence[Pass[Any]]) -> History:
+def _history(sampled: Collaboration, passes: Sequence[dict[str, Any]]) -> History:
     rows = [row | {"stage": f"sample, {row['stage']}"} for row in sampled.history[:-1]]
-    last = passes[-1].row | {"stage": "final", "iteration": 0}
-    return (*rows, *(each.row for each in passes), last)
+    return (*rows, *passes, passes[-1] | {"stage": "final", "iteration": 0})

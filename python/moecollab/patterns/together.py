@@ -42,15 +42,15 @@ def fit_together(collab: Collaboration, rows: Rows, threads: int | None) -> Coll
         with suppress(KeyboardInterrupt):
             levels = enter(collab.levels, rows.n_rows, steps)
             stop = descent.run(levels, collab.settings["max_iterations"])
-    if not descent.passes or descent.passes[-1].objective >= collab.objective:
+    best = descent.best
+    if best is None or best.objective >= collab.objective:
         return replace(collab, stop_reason=graver(collab.stop_reason, stop))
-    best = descent.passes[-1]
     found, place = by_use(leave(best.levels, rows.n_rows))
     final = best.row | {"stage": "final", "iteration": 0}
     return replace(
         collab,
         levels=found,
         codes=best.codes.scaled(best.levels.largest()).renamed(place),
-        history=(*collab.history[:-1], *(each.row for each in descent.passes), final),
+        history=(*collab.history[:-1], *descent.rows, final),
         stop_reason=graver(collab.stop_reason, stop),
     )
