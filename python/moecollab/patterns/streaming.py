@@ -62,7 +62,7 @@ def fit_streamed(hsdl: HSDL, acts: Activations, checkpoint: Path | None) -> Coll
         alone = hsdl.loss == "l1" and len(sizes) > 1
         first = replace(hsdl, atoms=sizes[:1] if alone else sizes)
         found = _stream(first, acts, folder / "first")
-        if alone and found.stop_reason not in ("interrupted", "nothing to fit"):
+        if alone and found.stop_reason != "interrupted":
             whole = replace(hsdl, atoms=sizes)
             found = _stream(whole, acts, folder / "whole", found)
         return found
