@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moecollab.pruning.pruning import prune
     from moecollab.record.activations import Activations, load_activations
     from moecollab.record.extraction import extract
+    from moecollab.record.imports.importing import import_routing
     from moecollab.reporting.figures.sweeps import sweep_figure
     from moecollab.reporting.page import report
 
@@ -42,6 +43,7 @@ _HOME = {
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
     "extract": "record.extraction",
+    "import_routing": "record.imports.importing",
     "load_activations": "record.activations",
     "load_collaboration": "patterns.dictionary",
     "load_evaluation": "evaluation.evaluation",
@@ -71,6 +73,7 @@ __all__ = [
     "coverage",
     "evaluate",
     "extract",
+    "import_routing",
     "load_activations",
     "load_collaboration",
     "load_evaluation",

@@ -1,0 +1,25 @@
+"""The kinds of files that can be imported, each by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from moecollab.errors import unknown_name
+from moecollab.record.imports import plain
+from moecollab.record.imports.dump import CountDump, Dump, Options
+
+Reader: TypeAlias = Callable[[Sequence[Path], Options], Dump | CountDump]
+
+READERS: dict[str, Reader] = {
+    "npz": plain.read_npz,
+    "parquet": plain.read_parquet,
+}
+
+
+def reader(kind: str) -> Reader:
+    """The reader of a kind; an unknown name is answered with near ones."""
+    if kind not in READERS:
+        raise unknown_name("kind", kind, tuple(READERS))
+    return READERS[kind]

@@ -1,0 +1,69 @@
+"""Makes files of foreign routing from each format's description; nothing here is copied."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a file is made from: ids (n_tokens, n_layers, top_k), the largest weight first."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+    token_ids: np.ndarray
+    lengths: tuple[int, ...]
+    n_experts: int = 8
+    layers: tuple[int, ...] = (1, 2, 4)
+
+    def parts(self):
+        """Slices of the samples."""
+        ends = np.cumsum(self.lengths)
+        return [slice(int(b - n), int(b)) for n, b in zip(self.lengths, ends, strict=True)]
+
+
+def make_truth(lengths=(5, 1, 7), *, n_experts=8, layers=(1, 2, 4), top_k=3, seed=0):
+    """Random routing of some samples."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(sum(lengths), len(layers), n_experts))
+    ids = np.argsort(-logits, axis=2)[:, :, :top_k]
+    share = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    weights = np.take_along_axis(share, ids, axis=2).astype(np.float32)
+    tokens = rng.integers(0, 50, sum(lengths)).astype(np.uint32)
+    return Truth(ids.astype(np.int32), weights, tokens, tuple(lengths), n_experts, tuple(layers))
+
+
+def write_npz(path, truth, **changes):
+    """Plain arrays; a change of None leaves one out."""
+    arrays = {
+        "topk_ids": truth.ids.astype(np.uint8),
+        "topk_weights": truth.weights,
+        "seq_lens": np.array(truth.lengths),
+        "moe_layer_ids": np.array(truth.layers),
+        "token_ids": truth.token_ids,
+        "n_experts": np.array(truth.n_experts),
+    }
+    arrays = {name: array for name, array in (arrays | changes).items() if array is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def write_parquet(path, truth, *, domains=("law", "code")):
+    """A row per token and layer, in no particular order."""
+    rows = [
+        {
+            "sample": sample,
+            "position": at - part.start,
+            "layer": layer,
+            "expert": truth.ids[at, row].tolist(),
+            "weight": truth.weights[at, row].tolist(),
+            "token_id": int(truth.token_ids[at]),
+            "domain": domains[sample % len(domains)],
+        }
+        for sample, part in enumerate(truth.parts())
+        for row, layer in enumerate(truth.layers)
+        for at in range(part.start, part.stop)
+    ]
+    pl.DataFrame(rows).write_parquet(path)
+    return path
