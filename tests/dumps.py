@@ -67,3 +67,17 @@ def write_parquet(path, truth, *, domains=("law", "code")):
     ]
     pl.DataFrame(rows).write_parquet(path)
     return path
+
+
+def write_esft(folder, truth):
+    """A file per layer and a line per sample: ids, two tabs, weights with four digits."""
+    folder.mkdir(parents=True)
+    for row, layer in enumerate(truth.layers):
+        lines = []
+        for part in truth.parts():
+            ids = "\t".join(map(str, truth.ids[part, row].ravel().tolist()))
+            weights = truth.weights[part, row].ravel().tolist()
+            lines.append(ids + "\t\t" + "\t".join(str(round(weight, 4)) for weight in weights))
+        (folder / f"expert_weights_{layer}.txt").write_text("\n".join(lines) + "\n")
+    (folder / "summary.json").write_text("{}")
+    return folder

@@ -95,6 +95,8 @@ def _check_settings(drop: float, seed: int) -> None:
 def _available(acts: Activations, *, given: bool) -> Needs:
     """What these activations, and a collaboration if given, can answer."""
     found = Needs.ROUTING
+    if acts.has_weights:
+        found |= Needs.ROUTING_WEIGHTS
     if acts.has_norms:
         found |= Needs.OUTPUT_NORMS
     return found | Needs.COLLABORATION if given else found

@@ -112,6 +112,11 @@ class Activations:
         """Whether norms of expert outputs were recorded."""
         return bool(self.manifest["settings"]["norms"])
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether routing weights were recorded; else all weights of a token are equal."""
+        return bool(self.manifest["model"].get("weights", True))
+
     def samples(self) -> pl.DataFrame:
         """One row per sample: sample, domain, n_tokens, text_start."""
         return self._table(SAMPLES)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from moecollab.errors import unknown_name
-from moecollab.record.imports import plain
+from moecollab.record.imports import esft, plain
 from moecollab.record.imports.dump import CountDump, Dump, Options
 
 Reader: TypeAlias = Callable[[Sequence[Path], Options], Dump | CountDump]
 
 READERS: dict[str, Reader] = {
+    "esft": esft.read_esft,
     "npz": plain.read_npz,
     "parquet": plain.read_parquet,
 }
