@@ -1,5 +1,8 @@
 """Makes files of foreign routing from each format's description; nothing here is copied."""
 
+import base64
+import io
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,3 +84,59 @@ def write_esft(folder, truth):
         (folder / f"expert_weights_{layer}.txt").write_text("\n".join(lines) + "\n")
     (folder / "summary.json").write_text("{}")
     return folder
+
+
+def _base64_npy(rows):
+    file = io.BytesIO()
+    np.save(file, rows)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def vllm_responses(truth, *, form="lists", n_prompt=3, last=True):
+    """A response per sample: "lists" with the prompt apart, "npy" or "bare" for all tokens.
+
+    `last` says whether the last token's row is there.
+    """
+    responses = []
+    for part in truth.parts():
+        rows, tokens = truth.ids[part], truth.token_ids[part].tolist()
+        cut = min(n_prompt, len(rows))
+        kept = rows if last else rows[:-1]
+        choice = {"index": 0, "token_ids": tokens[cut:], "routed_experts": None}
+        response = {"object": "text_completion", "prompt_token_ids": tokens[:cut]}
+        if form == "lists":
+            response["prompt_routed_experts"] = kept[:cut].astype(np.int16).tolist()
+            choice["routed_experts"] = kept[cut:].astype(np.int16).tolist() or None
+        elif form == "npy":
+            choice["routed_experts"] = _base64_npy(kept.astype(np.uint8))
+        elif form == "bare":
+            data = kept.astype(np.uint16).tobytes()
+            choice["routed_experts"] = base64.b64encode(data).decode()
+        else:
+            data = base64.b64encode(kept.astype("<i2").tobytes()).decode()
+            about = {"data": data, "shape": list(kept.shape), "dtype": "int16", "start": 0}
+            choice["routed_experts"] = about
+        responses.append(response | {"choices": [choice]})
+    return responses
+
+
+def sglang_responses(truth, *, native=True, n_prompt=3):
+    """A response per sample: base64 of int32 for all tokens but the last."""
+    responses = []
+    for part in truth.parts():
+        rows, tokens = truth.ids[part], truth.token_ids[part].tolist()
+        cut = min(n_prompt, len(rows))
+        data = base64.b64encode(rows[:-1].astype(np.int32).tobytes()).decode()
+        counts = {"prompt_tokens": cut, "completion_tokens": len(tokens) - cut}
+        if native:
+            about = counts | {"id": "r", "routed_experts": data}
+            responses.append({"text": "", "output_ids": tokens[cut:], "meta_info": about})
+        else:
+            choice = {"index": 0, "text": "", "sgl_ext": {"routed_experts": data}}
+            responses.append({"choices": [choice], "usage": counts})
+    return responses
+
+
+def write_jsonl(path, objects):
+    path.write_text("".join(json.dumps(value) + "\n" for value in objects))
+    return path
