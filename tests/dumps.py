@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+import torch
 
 
 @dataclass(frozen=True)
@@ -139,4 +140,72 @@ def sglang_responses(truth, *, native=True, n_prompt=3):
 
 def write_jsonl(path, objects):
     path.write_text("".join(json.dumps(value) + "\n" for value in objects))
+    return path
+
+
+def physical_map(truth, seed=0, extra=4):
+    """Logical ids of the physical experts of each layer: every expert once, some again."""
+    rng = np.random.default_rng(seed)
+    width = truth.n_experts
+    rows = [
+        rng.permutation([*range(width), *rng.integers(0, width, extra)])
+        for _ in range(max(truth.layers) + 1)
+    ]
+    return np.array(rows)
+
+
+def _sglang_record(truth, tokens, positions, mapping, **about):
+    """One pass: 8 slots whatever top-k is, -1 where nothing is, and rows for dense layers."""
+    ids = np.full((len(mapping), len(tokens), 8), -1, np.int32)
+    for row, layer in enumerate(truth.layers):
+        first = np.array([np.flatnonzero(mapping[layer] == e)[-1] for e in range(truth.n_experts)])
+        ids[layer, :, : truth.ids.shape[2]] = first[truth.ids[tokens, row]]
+    return about | {
+        "rank": 0,
+        "input_ids": truth.token_ids[tokens].tolist(),
+        "positions": list(positions),
+        "topk_ids_of_layer": torch.from_numpy(ids),
+        "misc_objects": [],
+    }
+
+
+def sglang_recording(truth, *, n_prompt=3):
+    """A file of mode per_token: one prefill of all samples, then a token of each in turn."""
+    mapping = physical_map(truth)
+    parts = truth.parts()
+    prompts = [np.arange(part.start, min(part.start + n_prompt, part.stop)) for part in parts]
+    start = np.concatenate([np.arange(len(prompt)) for prompt in prompts])
+    lengths = [len(prompt) for prompt in prompts]
+    passes = [(np.concatenate(prompts), start, {"extend_seq_lens": lengths, "forward_mode": 1})]
+    for step in range(n_prompt, max(truth.lengths)):
+        running = [part.start + step for part in parts if part.start + step < part.stop]
+        about = {"extend_seq_lens": None, "forward_mode": 2}
+        passes.append((np.array(running), [step] * len(running), about))
+    records = [
+        _sglang_record(truth, tokens, np.asarray(places).tolist(), mapping, **about)
+        for tokens, places, about in passes
+    ]
+    return {"records": records, "last_physical_to_logical_map": torch.from_numpy(mapping)}
+
+
+def counts_of(truth, tokens=slice(None)):
+    """Choices of each expert: int64 (n_layers, n_experts)."""
+    return np.array(
+        [
+            np.bincount(truth.ids[tokens, row].ravel(), minlength=truth.n_experts)
+            for row in range(len(truth.layers))
+        ]
+    )
+
+
+def sglang_statistics(truth):
+    """A file of mode stat: counts of two steps over all layers."""
+    counts = np.zeros((2, max(truth.layers) + 1, truth.n_experts), np.int32)
+    for step, tokens in enumerate((slice(0, 4), slice(4, None))):
+        counts[step, list(truth.layers)] = counts_of(truth, tokens)
+    return {"rank": 0, "logical_count": torch.from_numpy(counts), "average_utilization_rate": 0.5}
+
+
+def write_pt(path, value):
+    torch.save(value, path)
     return path

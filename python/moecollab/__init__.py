@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moecollab.pruning.planning import Plan, load_plan, plan
     from moecollab.pruning.pruning import prune
     from moecollab.record.activations import Activations, load_activations
+    from moecollab.record.counts import RoutingCounts, load_counts
     from moecollab.record.extraction import extract
     from moecollab.record.imports.importing import import_routing
     from moecollab.reporting.figures.sweeps import sweep_figure
@@ -39,6 +40,7 @@ _HOME = {
     "HSDL": "patterns.dictionary",
     "Mined": "patterns.mined",
     "Plan": "pruning.planning",
+    "RoutingCounts": "record.counts",
     "Scores": "criteria.scores",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
@@ -46,6 +48,7 @@ _HOME = {
     "import_routing": "record.imports.importing",
     "load_activations": "record.activations",
     "load_collaboration": "patterns.dictionary",
+    "load_counts": "record.counts",
     "load_evaluation": "evaluation.evaluation",
     "load_mined": "patterns.mined",
     "load_plan": "pruning.planning",
@@ -69,6 +72,7 @@ __all__ = [
     "Evaluation",
     "Mined",
     "Plan",
+    "RoutingCounts",
     "Scores",
     "coverage",
     "evaluate",
@@ -76,6 +80,7 @@ __all__ = [
     "import_routing",
     "load_activations",
     "load_collaboration",
+    "load_counts",
     "load_evaluation",
     "load_mined",
     "load_plan",

@@ -68,7 +68,9 @@ def esft_gate(evidence: Evidence, /) -> NDArray[np.float64]:
 def _per_choice(evidence: Evidence, total: NDArray[np.float64]) -> NDArray[np.float64]:
     """Sums divided by the number of choices in their layer."""
     choices = evidence.tallies.count.sum(axis=-1, keepdims=True)
-    return np.divide(total, choices, out=np.zeros_like(total), where=choices > 0)
+    share: NDArray[np.float64] = np.zeros(total.shape)
+    np.divide(total, choices, out=share, where=choices > 0)
+    return share
 
 
 def random(evidence: Evidence, /) -> NDArray[np.float64]:

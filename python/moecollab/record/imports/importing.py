@@ -10,7 +10,9 @@ from pathlib import Path
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import digest_bytes, digest_file, refuse_existing
 from moecollab.record.activations import Activations
+from moecollab.record.counts import RoutingCounts
 from moecollab.record.imports.checking import check
+from moecollab.record.imports.counting import write_counts
 from moecollab.record.imports.dump import CountDump, Options
 from moecollab.record.imports.folder import write_activations
 from moecollab.record.imports.kinds import reader
@@ -29,12 +31,13 @@ def import_routing(  # noqa: PLR0913 (the verb takes what the command takes)
     domain: str | None = None,
     prefill_only: bool = False,
     overwrite: bool = False,
-) -> Activations:
+) -> Activations | RoutingCounts:
     """Routing that another program recorded, as a folder of activations.
 
     What is left out or flagged is counted under ``imported`` in the manifest, by the rules of
     ``docs/importing.md``. Kinds without routing weights are stored with equal ones, and criteria
-    that need weights refuse the result.
+    that need weights refuse the result. Kinds that count without single tokens give
+    :class:`RoutingCounts`, which can be scored but neither fitted nor mined.
 
     Parameters
     ----------
@@ -78,10 +81,11 @@ def import_routing(  # noqa: PLR0913 (the verb takes what the command takes)
     )
     paths = _paths(files)
     dump = read(paths, options)
-    if isinstance(dump, CountDump):
-        raise NotImplementedError
     digest = digest_bytes("".join(digest_file(path) for path in paths).encode())
     settings = asdict(options) | {"layers": None if layers is None else list(layers)}
+    if isinstance(dump, CountDump):
+        about = {"kind": kind, "settings": settings, "inputs": {"files": digest}}
+        return write_counts(dump, target, options, about, overwrite=overwrite)
     return write_activations(
         check(dump, options), target, source=kind, digest=digest, settings=settings
     )

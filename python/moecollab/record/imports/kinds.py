@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from moecollab.errors import unknown_name
-from moecollab.record.imports import esft, plain, sglang_response, vllm
+from moecollab.record.imports import esft, plain, sglang, sglang_response, vllm
 from moecollab.record.imports.dump import CountDump, Dump, Options
 
 Reader: TypeAlias = Callable[[Sequence[Path], Options], Dump | CountDump]
@@ -16,6 +16,7 @@ READERS: dict[str, Reader] = {
     "esft": esft.read_esft,
     "npz": plain.read_npz,
     "parquet": plain.read_parquet,
+    "sglang": sglang.read_sglang,
     "sglang-response": sglang_response.read_sglang_response,
     "vllm": vllm.read_vllm,
 }
