@@ -209,3 +209,21 @@ def sglang_statistics(truth):
 def write_pt(path, value):
     torch.save(value, path)
     return path
+
+
+def megatron_trace(truth, *, rank=0):
+    """A line per step and layer; each sample is a step of its own."""
+    return [
+        {
+            "step": step,
+            "stage": "pre_dispatch",
+            "block": "decoder",
+            "layer": layer,
+            "rank": rank,
+            "num_tokens": part.stop - part.start,
+            "topk": truth.ids.shape[2],
+            "top_indices": truth.ids[part, row].tolist(),
+        }
+        for step, part in enumerate(truth.parts())
+        for row, layer in enumerate(truth.layers)
+    ]

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from moecollab.errors import unknown_name
-from moecollab.record.imports import esft, plain, sglang, sglang_response, vllm
+from moecollab.record.imports import esft, megatron, plain, sglang, sglang_response, vllm
 from moecollab.record.imports.dump import CountDump, Dump, Options
 
 Reader: TypeAlias = Callable[[Sequence[Path], Options], Dump | CountDump]
 
 READERS: dict[str, Reader] = {
     "esft": esft.read_esft,
+    "megatron": megatron.read_megatron,
     "npz": plain.read_npz,
     "parquet": plain.read_parquet,
     "sglang": sglang.read_sglang,
