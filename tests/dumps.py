@@ -227,3 +227,50 @@ def megatron_trace(truth, *, rank=0):
         for step, part in enumerate(truth.parts())
         for row, layer in enumerate(truth.layers)
     ]
+
+
+def sums_of(truth, values):
+    """Sums of values (n_tokens, n_layers, top_k) by expert: float64 (n_layers, n_experts)."""
+    return np.array(
+        [
+            np.bincount(truth.ids[:, row].ravel(), values[:, row].ravel(), truth.n_experts)
+            for row in range(len(truth.layers))
+        ]
+    )
+
+
+def llamacpp_json(truth, norms):
+    """Sums of one run; `norms` (n_tokens, n_layers, top_k) are of expert outputs."""
+    held = {
+        "cnt": counts_of(truth),
+        "gate": sums_of(truth, truth.weights),
+        "sal": sums_of(truth, truth.weights * norms),
+    }
+    return {
+        "arch": "test",
+        "n_expert": truth.n_experts,
+        "tokens": len(truth.ids),
+        "layers": {
+            str(layer): {name: array[row].tolist() for name, array in held.items()}
+            for row, layer in enumerate(truth.layers)
+        },
+    }
+
+
+def reap_observations(truth, norms):
+    """A dictionary by layer of tensors."""
+    held = {
+        "expert_frequency": counts_of(truth),
+        "weighted_expert_frequency_sum": sums_of(truth, truth.weights),
+        "ean_sum": sums_of(truth, norms),
+        "weighted_ean_sum": sums_of(truth, truth.weights * norms),
+    }
+    return {
+        layer: {
+            "total_tokens": torch.tensor(len(truth.ids)),
+            **{name: torch.from_numpy(array[row]) for name, array in held.items()},
+            "max_activations": torch.ones(truth.n_experts),
+            "pairwise_expert_frequency": torch.ones(truth.n_experts, truth.n_experts),
+        }
+        for row, layer in enumerate(truth.layers)
+    }

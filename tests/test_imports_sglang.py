@@ -128,7 +128,7 @@ class Trap:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("kind", ["sglang"])
+@pytest.mark.parametrize("kind", ["sglang", "reap"])
 @pytest.mark.parametrize("how", ["torch", "torch of old", "pickle"])
 def test_pickles_with_code_are_refused_and_not_run(tmp_path, kind, how):
     path, sprung = tmp_path / "trap.pt", tmp_path / "sprung"

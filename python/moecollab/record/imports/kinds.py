@@ -7,16 +7,27 @@ from pathlib import Path
 from typing import TypeAlias
 
 from moecollab.errors import unknown_name
-from moecollab.record.imports import esft, megatron, plain, sglang, sglang_response, vllm
+from moecollab.record.imports import (
+    esft,
+    llamacpp,
+    megatron,
+    plain,
+    reap,
+    sglang,
+    sglang_response,
+    vllm,
+)
 from moecollab.record.imports.dump import CountDump, Dump, Options
 
 Reader: TypeAlias = Callable[[Sequence[Path], Options], Dump | CountDump]
 
 READERS: dict[str, Reader] = {
     "esft": esft.read_esft,
+    "llamacpp": llamacpp.read_llamacpp,
     "megatron": megatron.read_megatron,
     "npz": plain.read_npz,
     "parquet": plain.read_parquet,
+    "reap": reap.read_reap,
     "sglang": sglang.read_sglang,
     "sglang-response": sglang_response.read_sglang_response,
     "vllm": vllm.read_vllm,
