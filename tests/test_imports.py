@@ -194,14 +194,24 @@ def test_weights_that_are_no_weights(tmp_path, truth, value):
 def test_wrong_shapes(tmp_path, truth):
     with pytest.raises(ShapeError, match=r"float64 ids of shape .* expected whole numbers"):
         npz(tmp_path, truth, topk_ids=truth.ids.astype(float))
-    with pytest.raises(ShapeError, match=r"ids of shape \(5, 3\), expected"):
+    with pytest.raises(ShapeError, match=r"topk_ids of shape \(13, 3\), expected"):
         npz(tmp_path, truth, topk_ids=truth.ids[:, :, 0])
-    with pytest.raises(ShapeError, match=r"weights of shape \(5, 3, 2\) for ids"):
+    with pytest.raises(ShapeError, match=r"weights of shape \(13, 3, 2\) for ids"):
         npz(tmp_path, truth, topk_weights=truth.weights[:, :, :2])
     with pytest.raises(ShapeError, match="seq_lens that add up to 12, but 13 rows"):
         npz(tmp_path, truth, seq_lens=np.array([5, 7]))
-    with pytest.raises(ShapeError, match="has 4 token ids for 5 rows"):
-        npz(tmp_path, truth, seq_lens=np.array([8, 5]), token_ids=truth.token_ids[:12])
+    with pytest.raises(ShapeError, match=r"token_ids of shape \(12,\) for 13 rows"):
+        npz(tmp_path, truth, token_ids=truth.token_ids[:12])
+    with pytest.raises(ShapeError, match=r"domains of shape \(2,\), not \(3,\)"):
+        npz(tmp_path, truth, domains=np.array(["a", "b"]))
+    with pytest.raises(ShapeError, match=r"<U1 weights of shape"):
+        npz(tmp_path, truth, topk_weights=np.full(truth.ids.shape, "a"))
+    with pytest.raises(ShapeError, match=r"several n_experts"):
+        npz(tmp_path, truth, n_experts=np.array([8, 8]))
+    with pytest.raises(DataError, match="the files name 70000 experts per layer"):
+        npz(tmp_path, truth, n_experts=np.array(70_000))
+    with pytest.raises(DataError, match=r"the files name layers \[4, 2, 1\], which do not ascend"):
+        npz(tmp_path, truth, moe_layer_ids=np.array([4, 2, 1]))
     with pytest.raises(SettingsError, match=r"layers is .* must be 3 indices, one for each layer"):
         npz(tmp_path, truth, options={"layers": (1, 2)})
     dumps.write_npz(tmp_path / "wide.npz", dumps.make_truth(top_k=4))
@@ -229,8 +239,9 @@ def test_files_that_are_no_files(tmp_path, truth):
         mc.import_routing("npz", tmp_path / "folder", out=out)
     with pytest.raises(SchemaError, match="lacks the array topk_ids"):
         npz(tmp_path, truth, topk_ids=None)
+    empty = {"topk_ids": np.zeros((0, 3, 3), int), "seq_lens": np.array([0])}
     with pytest.raises(DataError, match="the files hold no routing"):
-        npz(tmp_path, truth, topk_ids=np.zeros((0, 3, 3), int), seq_lens=np.array([0]))
+        npz(tmp_path, truth, topk_weights=None, token_ids=None, **empty)
     with pytest.raises(DataError, match="every layer is -1 or 0"):
         npz(tmp_path, truth, topk_ids=np.full((13, 3, 3), -1))
 
@@ -269,6 +280,10 @@ def test_tables_that_lack_something(tmp_path, truth):
         read(table.with_columns(short.otherwise(pl.col("expert")).alias("expert")))
     with pytest.raises(DataError, match="holds missing values"):
         read(table.with_columns(pl.lit(None, pl.Int64).alias("token_id")))
+    with pytest.raises(DataError, match="position holds numbers that are not a list of uint32"):
+        read(table.with_columns(pl.col("position") - 1))
+    with pytest.raises(SchemaError, match="positions that are not whole numbers"):
+        read(table.with_columns(pl.col("position") + 0.5))
     with pytest.raises(DataError, match="holds no rows"):
         read(table[:0])
 

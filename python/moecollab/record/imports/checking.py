@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.errors import DataError, SettingsError, ShapeError
-from moecollab.record.imports.dump import Dump, Findings, Options, Piece
+from moecollab.record.imports.dump import MAX_EXPERTS, Dump, Findings, Options, Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,8 @@ def check(dump: Dump, options: Options) -> Checked:
 def _n_experts(dump: Dump, options: Options) -> int:
     if dump.n_experts is None and options.experts is None:
         raise SettingsError("experts", None, "given, since the files do not say (--experts)")
+    if dump.n_experts is not None and not 1 <= dump.n_experts <= MAX_EXPERTS:
+        raise DataError(f"the files name {dump.n_experts} experts per layer; record them again")
     if None not in (dump.n_experts, options.experts) and dump.n_experts != options.experts:
         raise SettingsError("experts", options.experts, f"{dump.n_experts}, as the files say")
     return int(options.experts or dump.n_experts or 0)
@@ -204,6 +206,8 @@ def _moe_layers(table: Table, dump: Dump, options: Options, findings: Findings) 
     if not n_moe:
         raise DataError("the files hold no routing: every layer is -1 or 0 throughout")
     named = options.layers or dump.layers or tuple(range(n_layers))
+    if list(named) != sorted(set(named)) or named[0] < 0:
+        raise DataError(f"the files name layers {list(named)}, which do not ascend from 0 on")
     if len(named) not in (n_layers, n_moe):
         raise SettingsError("layers", named, f"{n_layers} indices, one for each layer in the files")
     findings.dense_layers += n_layers - n_moe

@@ -18,6 +18,7 @@ from moecollab.record.schema import TALLIES
 from moecollab.record.tallies import SUMS, Tallies
 
 NAMES = ("count", *SUMS)
+MAX_COUNT = 2.0**53  # whole numbers above it are not exact in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ def _add(part: Part, layer: int, into: Mapping[str, NDArray[np.float64]]) -> Non
                 f"{part.where} layer {layer} has {len(array)} experts, expected {len(target)}; "
                 "correct --experts or import each model on its own"
             )
-        if name == "count" and (array != np.floor(array)).any():
+        if name == "count" and ((array != np.floor(array)) | (array > MAX_COUNT)).any():
             raise DataError(f"{part.where} layer {layer} has counts that are not whole numbers")
         target[: len(array)] += array
 

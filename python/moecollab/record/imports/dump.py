@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +17,12 @@ from moecollab.errors import DataError, SettingsError, ShapeError
 from moecollab.record.tallies import Tallies
 
 MAX_EXPERTS = 65_536  # ids are stored as uint16
+DAMAGED = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError,
+    OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
+    zlib.error,
+)  # fmt: skip
+"""What readers of numpy and torch raise on damaged files; all is found out by damaging some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,11 +207,11 @@ def whole_numbers(value: object, where: str) -> NDArray[Any]:
     return array
 
 
-def token_ids(value: object, where: str) -> NDArray[np.uint32]:
-    """Token ids as uint32; negative or huge ones are a DataError."""
+def uint32s(value: object, where: str) -> NDArray[np.uint32]:
+    """Token ids or positions; negative or huge ones are a DataError."""
     array = whole_numbers(value, where)
     if array.ndim != 1 or (array.size and not 0 <= array.min() <= array.max() < 2**32):
-        raise DataError(f"{where} holds token ids that are not a list of uint32; record it again")
+        raise DataError(f"{where} holds numbers that are not a list of uint32; record it again")
     return array.astype(np.uint32)
 
 

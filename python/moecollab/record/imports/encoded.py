@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.errors import DataError, ShapeError
-from moecollab.record.imports.dump import Options, whole_numbers
+from moecollab.record.imports.dump import DAMAGED, Options, whole_numbers
 from moecollab.record.imports.json_objects import as_list, as_object
 
 NPY = b"\x93NUMPY"
@@ -82,7 +82,7 @@ def _bytes(text: str, where: str) -> bytes:
 def _npy(data: bytes, where: str) -> NDArray[Any]:
     try:
         found = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError, TypeError, SyntaxError) as cause:
+    except DAMAGED as cause:
         raise DataError(f"{where} is a truncated or damaged array; record it again") from cause
     return _three_axes(np.asarray(found), where)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,15 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moecollab.errors import DataError, SchemaError, ShapeError
-from moecollab.record.imports.dump import Dump, Options, Piece, read_bytes, token_ids
+from moecollab.record.imports.dump import (
+    DAMAGED,
+    Dump,
+    Options,
+    Piece,
+    read_bytes,
+    uint32s,
+    whole_numbers,
+)
 
 NPZ_ARRAYS = (
     "topk_ids", "topk_weights", "seq_lens", "moe_layer_ids", "token_ids", "domains", "n_experts",
@@ -34,12 +41,14 @@ def read_npz(paths: Sequence[Path], options: Options) -> Dump:
         piece for path, arrays in zip(paths, files, strict=True)
         for piece in _npz_pieces(path, arrays, options)
     ]  # fmt: skip
-    found = [tuple(int(at) for at in f["moe_layer_ids"]) for f in files if "moe_layer_ids" in f]
-    experts = [int(f["n_experts"]) for f in files if "n_experts" in f]
+    found = [_flat(path, f, "moe_layer_ids") for path, f in zip(paths, files, strict=True)]
+    experts = [_flat(path, f, "n_experts") for path, f in zip(paths, files, strict=True)]
+    if any(len(number) > 1 for number in experts):
+        raise ShapeError(f"{paths[0]} and the rest have several n_experts, expected one number")
     return Dump(
         pieces=pieces,
-        layers=_one(found, "layers", paths),
-        n_experts=_one(experts, "numbers of experts", paths),
+        layers=_one([layers for layers in found if layers], "layers", paths),
+        n_experts=_one([n for number in experts for n in number], "numbers of experts", paths),
     )
 
 
@@ -51,6 +60,12 @@ def _one(found: Sequence[Any], what: str, paths: Sequence[Path]) -> Any:  # noqa
     return found[0] if found else None
 
 
+def _flat(path: Path, arrays: dict[str, NDArray[Any]], name: str) -> tuple[int, ...]:
+    """The whole numbers of an array that may be missing."""
+    found = whole_numbers(arrays.get(name, np.zeros(0, int)), f"{path} {name}")
+    return tuple(int(number) for number in found.reshape(-1))
+
+
 def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
     data = io.BytesIO(read_bytes(path))  # numpy leaves a damaged file open
     try:
@@ -58,7 +73,7 @@ def _load_npz(path: Path) -> dict[str, NDArray[Any]]:
             if isinstance(file, np.ndarray):
                 return {"topk_ids": file}
             return {name: file[name] for name in NPZ_ARRAYS if name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, TypeError) as cause:
+    except DAMAGED as cause:
         raise DataError(
             f"{path} is truncated, damaged or holds Python objects, which are not read; save plain "
             "arrays with numpy.savez"
@@ -69,16 +84,17 @@ def _npz_pieces(path: Path, arrays: dict[str, NDArray[Any]], options: Options) -
     if "topk_ids" not in arrays:
         raise SchemaError(f"{path} lacks the array topk_ids; docs/importing.md names them all")
     ids = arrays["topk_ids"]
-    lengths = arrays.get("seq_lens", np.array([len(ids)] if ids.ndim else [0]))
-    if lengths.ndim != 1 or (lengths < 0).any() or int(lengths.sum()) != len(ids):
+    if ids.ndim != 3:
         raise ShapeError(
-            f"{path} has seq_lens that add up to {int(lengths.sum())}, but {len(ids)} rows of "
-            "routing; record it again"
+            f"{path} has topk_ids of shape {ids.shape}, expected (tokens, layers, top_k); "
+            "record it again"
         )
+    lengths = np.array(_flat(path, arrays, "seq_lens") if "seq_lens" in arrays else [len(ids)])
     weights, tokens = arrays.get("topk_weights"), arrays.get("token_ids")
     domains = arrays.get("domains", np.full(len(lengths), path.stem))
-    if domains.shape != lengths.shape:
-        raise ShapeError(f"{path} has {len(domains)} domains for {len(lengths)} samples")
+    _check_npz(path, ids, weights, lengths, domains)
+    if tokens is not None and tokens.shape != ids.shape[:1]:
+        raise ShapeError(f"{path} has token_ids of shape {tokens.shape} for {len(ids)} rows")
     ends = np.cumsum(lengths)
     pieces = []
     for number, (start, stop) in enumerate(zip(ends - lengths, ends, strict=True)):
@@ -91,10 +107,32 @@ def _npz_pieces(path: Path, arrays: dict[str, NDArray[Any]], options: Options) -
                 domain=options.domain or str(domains[number]),
                 ids=ids[own],
                 weights=None if weights is None else weights[own].astype(np.float32),
-                token_ids=None if tokens is None else token_ids(tokens[own], where),
+                token_ids=None if tokens is None else uint32s(tokens[own], where),
             )
         )
     return [piece for piece in pieces if len(piece.ids)]
+
+
+def _check_npz(
+    path: Path,
+    ids: NDArray[Any],
+    weights: NDArray[Any] | None,
+    lengths: NDArray[Any],
+    domains: NDArray[Any],
+) -> None:
+    """Raises unless the arrays beside the ids have the shapes that go with them."""
+    if (lengths < 0).any() or int(lengths.sum()) != len(ids):
+        raise ShapeError(
+            f"{path} has seq_lens that add up to {int(lengths.sum())}, but {len(ids)} rows of "
+            "routing; record it again"
+        )
+    if domains.shape != lengths.shape:
+        raise ShapeError(f"{path} has domains of shape {domains.shape}, not {lengths.shape}")
+    if weights is not None and (weights.shape != ids.shape or weights.dtype.kind not in "fiu"):
+        raise ShapeError(
+            f"{path} has {weights.dtype} weights of shape {weights.shape} for ids of shape "
+            f"{ids.shape}; record it again"
+        )
 
 
 def read_parquet(paths: Sequence[Path], options: Options) -> Dump:
@@ -125,6 +163,8 @@ def _load_parquet(path: Path) -> pl.DataFrame:
         raise SchemaError(f"{path} lacks the columns {missing}; docs/importing.md names them all")
     if not table.height:
         raise DataError(f"{path} holds no rows; record the routing again")
+    if not (table["layer"].dtype.is_integer() and table["position"].dtype.is_integer()):
+        raise SchemaError(f"{path} has layers or positions that are not whole numbers")
     if table.select(pl.any_horizontal(pl.all().is_null().any())).item():
         raise DataError(f"{path} holds missing values; write -1 for an expert that is not known")
     return table.sort("sample", "position", "layer", maintain_order=True)
@@ -152,8 +192,8 @@ def _parquet_piece(
             if "weight" in part.columns
             else None
         ),
-        token_ids=None if known is None else token_ids(known, where),
-        positions=tokens["position"].to_numpy().astype(np.uint32),
+        token_ids=None if known is None else uint32s(known, where),
+        positions=uint32s(tokens["position"].to_numpy(), f"{where} position"),
     )
 
 

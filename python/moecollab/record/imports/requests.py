@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from moecollab.errors import DataError, ShapeError
 from moecollab.record.imports.dump import Findings, Piece
 
+MAX_POSITION = 2**32 - 1  # positions are stored as uint32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
@@ -45,10 +47,9 @@ class Tokens:
 
     def ids(self) -> NDArray[np.uint32] | None:
         """Ids of all tokens."""
-        if self.prompt is None or (self.generated is None and self.n_generated):
+        if self.prompt is None or self.generated is None:
             return None
-        generated = self.prompt[:0] if self.generated is None else self.generated
-        return np.concatenate([self.prompt, generated])
+        return np.concatenate([self.prompt, self.generated])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +140,9 @@ class Request:
         total = self.tokens.total
         if self.rows is None and end != (total or 0) - 1:
             total = self.tokens.n_prompt  # the server lost what it routed of the answer
-        if total is None:
+        if total is None and end <= MAX_POSITION:
             return
-        if end not in (total, total - 1):
+        if total is None or end not in (total, total - 1):
             raise DataError(
                 f"{self.where} has routing up to token {end} of {total}, expected all tokens or "
                 "all but the last; the rows belong to another request or were cut: record it again"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from moecollab.errors import DataError, SchemaError, ShapeError
 from moecollab.record.corpus import DEFAULT_DOMAIN
 from moecollab.record.imports.counting import Part, add_up, numbers
-from moecollab.record.imports.dump import CountDump, Dump, Findings, Options, Piece, token_ids
+from moecollab.record.imports.dump import CountDump, Dump, Findings, Options, Piece, uint32s
 from moecollab.record.imports.tensors import as_array, load_tensors
 
 DECODE, IDLE = 2, 4  # values of SGLang's ForwardMode
@@ -137,8 +137,8 @@ class _File:
             file=str(self.path),
             domain=self.domain,
             ids=np.ascontiguousarray(self._mapped(ids, where).transpose(1, 0, 2)),
-            token_ids=token_ids(names, f"{where} input_ids"),
-            positions=token_ids(places, f"{where} positions"),
+            token_ids=uint32s(names, f"{where} input_ids"),
+            positions=uint32s(places, f"{where} positions"),
             generated=np.full(ids.shape[1], record.get("forward_mode") == DECODE),
         )
 
@@ -172,11 +172,17 @@ class _File:
 def _cut(passed: Piece, lengths: Sequence[Any], where: str) -> Iterator[Piece]:
     """The sequences of a pass."""
     sizes = as_array(lengths, f"{where} extend_seq_lens")
-    if sizes.dtype.kind not in "iu" or sizes.min() < 0 or int(sizes.sum()) != len(passed.ids):
+    if (
+        not sizes.size
+        or sizes.dtype.kind not in "iu"
+        or sizes.min() < 0
+        or int(sizes.sum()) != len(passed.ids)
+    ):
         raise DataError(
             f"{where} has sequences of {sizes.tolist()} tokens, but {len(passed.ids)} rows; it is "
             "damaged or of another version"
         )
+    sizes = sizes.reshape(-1)
     ends = np.cumsum(sizes)
     for number, (start, stop) in enumerate(zip(ends - sizes, ends, strict=True)):
         own = slice(int(start), int(stop))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moecollab.errors import SchemaError
-from moecollab.record.imports.dump import Dump, Findings, Options, token_ids
+from moecollab.record.imports.dump import Dump, Findings, Options, uint32s
 from moecollab.record.imports.encoded import Form, decode_ids
 from moecollab.record.imports.json_objects import as_count, as_list, as_object, read_objects
 from moecollab.record.imports.requests import Request, Tokens
@@ -57,8 +57,8 @@ def _native_tokens(response: dict[str, Any], about: dict[str, Any], where: str) 
     return Tokens(
         n_prompt=as_count(about.get("prompt_tokens"), f"{where} prompt_tokens"),
         n_generated=len(written) if isinstance(written, list) else n_written,
-        prompt=None if prompt is None else token_ids(prompt, f"{where} prompt_token_ids"),
-        generated=None if written is None else token_ids(written, f"{where} output_ids"),
+        prompt=None if prompt is None else uint32s(prompt, f"{where} prompt_token_ids"),
+        generated=None if written is None else uint32s(written, f"{where} output_ids"),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.errors import DataError
-from moecollab.record.imports.dump import read_bytes
-
-_DAMAGED = (
-    RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-    AssertionError, struct.error, OverflowError, MemoryError, ImportError, NotImplementedError,
-)  # fmt: skip
+from moecollab.record.imports.dump import DAMAGED, read_bytes
 
 
 def load_tensors(path: Path) -> Any:  # noqa: ANN401 (whatever the file holds)
@@ -43,7 +37,7 @@ def load_tensors(path: Path) -> Any:  # noqa: ANN401 (whatever the file holds)
             f"{path} holds objects that would have to be run to be read, which is refused, or is "
             "damaged; save plain tensors, lists and dictionaries"
         ) from cause
-    except _DAMAGED as cause:
+    except DAMAGED as cause:
         raise DataError(f"{path} is truncated or damaged; record the routing again") from cause
 
 
@@ -54,8 +48,9 @@ def as_array(value: object, where: str) -> NDArray[Any]:
     try:
         if isinstance(value, torch.Tensor):
             plain = value.detach().to("cpu")
-            return np.asarray((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy())
-        array = np.asarray(value)
+            array = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+        else:
+            array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as cause:
         raise DataError(f"{where} is not a tensor of numbers; record it again") from cause
     if array.dtype.kind not in "iuf" and array.size:

@@ -8,7 +8,7 @@ from typing import Any
 
 from moecollab.errors import SchemaError
 from moecollab.record.corpus import DEFAULT_DOMAIN
-from moecollab.record.imports.dump import Dump, Findings, Options, token_ids
+from moecollab.record.imports.dump import Dump, Findings, Options, uint32s
 from moecollab.record.imports.encoded import Form, decode_ids
 from moecollab.record.imports.json_objects import as_count, as_list, as_object, read_objects
 from moecollab.record.imports.requests import Request, Tokens
@@ -73,8 +73,8 @@ def read_tokens(
     usage = as_object(response.get("usage") or {}, f"{where} usage")
     prompt = response.get("prompt_token_ids") or answer.get("prompt_token_ids")
     generated = answer.get("token_ids")
-    of_prompt = None if prompt is None else token_ids(prompt, f"{where} prompt_token_ids")
-    written = None if generated is None else token_ids(generated, f"{where} token_ids")
+    of_prompt = None if prompt is None else uint32s(prompt, f"{where} prompt_token_ids")
+    written = None if generated is None else uint32s(generated, f"{where} token_ids")
     n_prompt = as_count(usage.get("prompt_tokens"), f"{where} prompt_tokens")
     n_written = as_count(usage.get("completion_tokens"), f"{where} completion_tokens")
     return Tokens(
