@@ -18,8 +18,8 @@ from moecollab.record.tallies import Tallies
 
 MAX_EXPERTS = 65_536  # ids are stored as uint16
 DAMAGED = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError,
-    OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
+    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
+    MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
     zlib.error,
 )  # fmt: skip
 """What readers of numpy and torch raise on damaged files; all is found out by damaging some."""

@@ -104,7 +104,7 @@ def _table(path: Path) -> pl.DataFrame:
             new_columns=None if headed else ["layer", "expert"],
             raise_if_empty=False,
         )
-    except pl.exceptions.PolarsError as cause:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as cause:
         raise DataError(f"{path} is not a table between commas; it may be damaged") from cause
     if not {"layer", "expert"} <= set(table.columns):
         raise SchemaError(f"{path} has columns {table.columns}; layer and expert must be there")

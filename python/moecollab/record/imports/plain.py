@@ -156,7 +156,7 @@ def _load_parquet(path: Path) -> pl.DataFrame:
     read_bytes(path)
     try:
         table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as cause:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as cause:
         raise DataError(f"{path} is truncated or damaged; record the routing again") from cause
     missing = [name for name in PARQUET_COLUMNS if name not in table.columns]
     if missing:
