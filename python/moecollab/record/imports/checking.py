@@ -270,31 +270,45 @@ def _check_range(table: Table, pieces: tuple[Piece, ...], n_experts: int) -> Non
 
 
 def _check_repeats(table: Table, pieces: tuple[Piece, ...]) -> None:
-    order = np.sort(table.ids, axis=2)
-    bad = (order[:, :, 1:] == order[:, :, :-1]) & (order[:, :, 1:] != -1)
-    if bad.any():
-        token, layer = (int(at) for at in np.argwhere(bad)[0][:2])
-        raise DataError(
-            f"{_place(table, pieces, bad)}: experts {table.ids[token, layer].tolist()} repeat, "
-            "which no router gives; check the order of axes, --layers and --top-k"
-        )
+    for row in range(len(table.layers)):
+        order = np.sort(table.ids[:, row], axis=1)
+        bad = ((order[:, 1:] == order[:, :-1]) & (order[:, 1:] != -1)).any(axis=1)
+        if bad.any():
+            token = int(np.argmax(bad))
+            where = np.zeros(table.ids.shape[:2], np.bool_)
+            where[token, row] = True
+            raise DataError(
+                f"{_place(table, pieces, where)}: experts {table.ids[token, row].tolist()} repeat, "
+                "which no router gives; check the order of axes, --layers and --top-k"
+            )
 
 
 def _ordered(
     table: Table, options: Options, pieces: tuple[Piece, ...], findings: Findings
 ) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
     """Used slots first, by falling weight; slots that nobody uses are cut off."""
-    used = table.ids != -1
-    top_k = int(used.sum(axis=2).max())
+    n_tokens, n_layers, _ = table.ids.shape
+    top_k = int((table.ids != -1).sum(axis=2).max())
     if options.top_k not in (None, top_k):
         raise DataError(
             f"{pieces[0].file} and its like use up to {top_k} experts per token and layer, but "
             f"top_k is {options.top_k}; correct --top-k"
         )
-    share = used / used.sum(axis=2, keepdims=True)
-    weights = share.astype(np.float32) if table.weights is None else table.weights
-    order = np.argsort(-weights, axis=2, kind="stable")[:, :, :top_k]
-    ids = np.take_along_axis(table.ids, order, axis=2)
-    findings.unused_slots += int((ids == -1).sum())
-    expert = np.maximum(ids, 0).astype(np.uint16)
-    return expert, np.take_along_axis(weights, order, axis=2)
+    expert = np.empty((n_tokens, n_layers, top_k), np.uint16)
+    weight = np.empty(expert.shape, np.float32)
+    for row in range(n_layers):  # one layer at a time, since sorting takes several copies
+        ids = table.ids[:, row]
+        weights = _shares(ids) if table.weights is None else table.weights[:, row]
+        order = np.argsort(-weights, axis=1, kind="stable")[:, :top_k]
+        ids = np.take_along_axis(ids, order, axis=1)
+        findings.unused_slots += int((ids == -1).sum())
+        expert[:, row] = np.maximum(ids, 0)
+        weight[:, row] = np.take_along_axis(weights, order, axis=1)
+    return expert, weight
+
+
+def _shares(ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Equal shares of the used slots of one layer: (n_tokens, n_slots)."""
+    used = ids != -1
+    shares: NDArray[np.float32] = (used / used.sum(axis=1, keepdims=True)).astype(np.float32)
+    return shares

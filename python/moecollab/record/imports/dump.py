@@ -18,11 +18,23 @@ from moecollab.record.tallies import Tallies
 
 MAX_EXPERTS = 65_536  # ids are stored as uint16
 DAMAGED = (
-    ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
-    MemoryError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error, zipfile.BadZipFile,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
     zlib.error,
-)  # fmt: skip
-"""What readers of numpy and torch raise on damaged files; all is found out by damaging some."""
+)
+"""What numpy's and torch's readers raise on damaged files."""
 
 
 @dataclass(frozen=True, kw_only=True)
