@@ -1,10 +1,10 @@
 """Which experts of a Mixture-of-Experts model work together, and which it can do without.
 
-``extract`` records what the routers do on your text, ``import_routing`` reads what a serving engine
-recorded, ``HSDL().fit`` finds groups of experts that work together across layers, ``mine`` counts
-every pair and triplet, ``score`` and ``plan`` decide which experts to drop, ``mask`` tries a plan in
-memory, ``prune`` writes a smaller checkpoint, ``evaluate`` says what it cost and ``report`` shows it
-all on one page. Each is also a command: ``moecollab --help``.
+``extract`` records what the routers do on your text, ``import_routing`` reads what a serving
+engine recorded, ``HSDL().fit`` finds groups of experts that work together across layers, ``mine``
+counts every pair and triplet, ``score`` and ``plan`` decide which experts to drop, ``mask`` tries a
+plan in memory, ``prune`` writes a smaller checkpoint, ``evaluate`` says what it cost and ``report``
+shows it all on one page. Each is also a command: ``moecollab --help``.
 """
 
 from __future__ import annotations

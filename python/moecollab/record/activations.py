@@ -17,6 +17,7 @@ from moecollab.errors import DataError, MissingInputError, SchemaError, Settings
 from moecollab.manifest import MANIFEST, check_manifest, digest_bytes, digest_file, read_json
 from moecollab.record.rows import Rows
 from moecollab.record.schema import (
+    COUNTS_KIND,
     KIND,
     SAMPLE_COLUMNS,
     SAMPLES,
@@ -300,6 +301,11 @@ def load_activations(path: str | PathLike[str]) -> Activations:
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} holds no activations (no {MANIFEST}); make them with extract")
     manifest = read_json(folder / MANIFEST)
+    if manifest.get("kind") == COUNTS_KIND:
+        raise SchemaError(
+            f"{folder} holds counts without single tokens, which can be scored but not fitted or "
+            "mined; import files that hold tokens"
+        )
     check_manifest(manifest, KIND, VERSION, folder)
     try:
         acts = Activations(folder, manifest)

@@ -11,10 +11,10 @@ from typing import Any
 from moecollab.errors import DataError, SchemaError
 from moecollab.manifest import MANIFEST, check_manifest, digest_bytes, digest_file, read_json
 from moecollab.record.activations import Activations, load_activations
-from moecollab.record.schema import TALLIES
+from moecollab.record.schema import COUNTS_KIND, TALLIES
 from moecollab.record.tallies import Tallies, load_tallies
 
-KIND, VERSION = "routing_counts", 1
+KIND, VERSION = COUNTS_KIND, 1
 
 
 @dataclass(frozen=True)
