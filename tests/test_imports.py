@@ -235,7 +235,7 @@ def test_files_that_are_no_files(tmp_path, truth):
     with pytest.raises(DataError, match=r"gone.npz does not exist"):
         mc.import_routing("npz", tmp_path / "gone.npz", out=out)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match=r"folder holds no files"):
+    with pytest.raises(DataError, match=r"folder holds no files that end in .npy or .npz"):
         mc.import_routing("npz", tmp_path / "folder", out=out)
     with pytest.raises(SchemaError, match="lacks the array topk_ids"):
         npz(tmp_path, truth, topk_ids=None)

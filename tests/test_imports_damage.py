@@ -9,7 +9,7 @@ import pytest
 import dumps
 import moecollab as mc
 from moecollab.errors import MoeCollabError
-from moecollab.record.imports.kinds import READERS
+from moecollab.record.imports.kinds import READERS, SUFFIXES
 
 N_CASES = int(os.environ.get("MOECOLLAB_DAMAGE_CASES", "40"))
 TRUTH = dumps.make_truth()
@@ -28,7 +28,7 @@ MAKERS = {
 
 
 def test_every_kind_is_damaged():
-    assert set(MAKERS) == set(READERS)
+    assert set(MAKERS) == set(READERS) == set(SUFFIXES)
 
 
 def damaged(data, rng):

@@ -35,6 +35,14 @@ def test_round_trip(tmp_path, truth, lines):
     assert not acts.has_weights
 
 
+def test_a_folder_may_hold_other_files(tmp_path, truth, lines):
+    (tmp_path / "trace").mkdir()
+    dumps.write_jsonl(tmp_path / "trace" / "router_trace_rank0.jsonl", lines)
+    (tmp_path / "trace" / "hidden_states_rank0.bin").write_bytes(b"\x00\x01")
+    acts = mc.import_routing("megatron", tmp_path / "trace", out=tmp_path / "acts", experts=8)
+    assert same(acts, truth, weights=False, tokens=False)
+
+
 def test_ranks_are_samples_of_their_own_unless_they_see_the_same(tmp_path, truth, lines):
     other = dumps.megatron_trace(dumps.make_truth((4, 2), seed=1), rank=1)
     acts = read(tmp_path, lines, other)

@@ -107,6 +107,15 @@ def test_records_of_another_kind(tmp_path, truth):
         read(tmp_path, recording | {"records": []})
 
 
+def test_modes_are_not_mixed(tmp_path, truth):
+    paths = [
+        dumps.write_pt(tmp_path / "a.pt", dumps.sglang_recording(truth)),
+        dumps.write_pt(tmp_path / "b.pt", dumps.sglang_statistics(truth)),
+    ]
+    with pytest.raises(SchemaError, match="some files are of mode stat, others hold records"):
+        mc.import_routing("sglang", paths, out=tmp_path / "acts")
+
+
 def test_statistics_become_counts(tmp_path, truth):
     counts = read(tmp_path, dumps.sglang_statistics(truth), top_k=3)
     assert isinstance(counts, mc.RoutingCounts)

@@ -15,7 +15,7 @@ from moecollab.record.imports.checking import check
 from moecollab.record.imports.counting import write_counts
 from moecollab.record.imports.dump import CountDump, Options
 from moecollab.record.imports.folder import write_activations
-from moecollab.record.imports.kinds import reader
+from moecollab.record.imports.kinds import SUFFIXES, reader
 
 Paths = str | PathLike[str] | Iterable[str | PathLike[str]]
 
@@ -79,7 +79,7 @@ def import_routing(  # noqa: PLR0913 (the verb takes what the command takes)
         domain=domain,
         prefill_only=prefill_only,
     )
-    paths = _paths(files)
+    paths = _paths(files, SUFFIXES[kind])
     dump = read(paths, options)
     digest = digest_bytes("".join(digest_file(path) for path in paths).encode())
     settings = asdict(options) | {"layers": None if layers is None else list(layers)}
@@ -91,8 +91,8 @@ def import_routing(  # noqa: PLR0913 (the verb takes what the command takes)
     )
 
 
-def _paths(files: Paths) -> list[Path]:
-    """All files, those of a folder in order of their names."""
+def _paths(files: Paths, suffixes: tuple[str, ...]) -> list[Path]:
+    """All files, those of a folder that end so in order of their names."""
     given = [files] if isinstance(files, str | PathLike) else list(files)
     if not given:
         raise SettingsError("files", given, "at least one file or folder")
@@ -100,12 +100,12 @@ def _paths(files: Paths) -> list[Path]:
     for one in given:
         path = Path(fspath(one))
         if path.is_dir():
-            inside = sorted(found for found in path.iterdir() if found.is_file())
+            inside = sorted(found for found in path.iterdir() if found.suffix in suffixes)
             paths.extend(inside)
         elif path.is_file():
             paths.append(path)
         else:
             raise DataError(f"{path} does not exist; give files that were recorded")
     if not paths:
-        raise DataError(f"{given[0]} holds no files; give files that were recorded")
+        raise DataError(f"{given[0]} holds no files that end in {' or '.join(suffixes)}")
     return paths

@@ -34,6 +34,20 @@ READERS: dict[str, Reader] = {
 }
 
 
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "esft": (".txt",),
+    "llamacpp": (".csv", ".json", ".jsonl"),
+    "megatron": (".jsonl",),
+    "npz": (".npy", ".npz"),
+    "parquet": (".parquet",),
+    "reap": (".pt",),
+    "sglang": (".pt",),
+    "sglang-response": (".json", ".jsonl"),
+    "vllm": (".json", ".jsonl"),
+}
+"""How the files of a kind end that are taken from a folder; a file given by name may end otherwise."""
+
+
 def reader(kind: str) -> Reader:
     """The reader of a kind; an unknown name is answered with near ones."""
     if kind not in READERS:

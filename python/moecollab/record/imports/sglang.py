@@ -28,6 +28,10 @@ def read_sglang(paths: Sequence[Path], options: Options) -> Dump | CountDump:
     loaded = [(path, _load(path)) for path in paths]
     if all("logical_count" in file for _, file in loaded):
         return add_up([_counted(path, file) for path, file in loaded], options)
+    if not all("records" in file for _, file in loaded):
+        raise SchemaError(
+            "some files are of mode stat, others hold records; import each on its own"
+        )
     findings = Findings()
     pieces: list[Piece] = []
     n_experts = 0
