@@ -45,7 +45,7 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "sglang-response": (".json", ".jsonl"),
     "vllm": (".json", ".jsonl"),
 }
-"""How the files of a kind end that are taken from a folder; a file given by name may end otherwise."""
+"""How a kind's files in a folder end; a file given by name may end otherwise."""
 
 
 def reader(kind: str) -> Reader:
