@@ -11,7 +11,11 @@ def test_page_is_current(name):
     assert (DOCS / name).read_text() == PAGES[name](), "run: make docs"
 
 
+SAME_PLANS = {"esft_token", "esft_gate"}
+"""Criteria that rank as another does (tests/criteria/test_routing.py), so cost the same."""
+
+
 def test_results_hold_their_tables():
     text = (DOCS / "results.md").read_text()
-    for criterion in names():
+    for criterion in set(names()) - SAME_PLANS:
         assert text.count(f"| {criterion} | ") == 3, criterion

@@ -42,6 +42,15 @@ def test_commands_have_the_options_of_the_verbs(name):
     assert not command - api
 
 
+def test_import_has_the_options_of_import_routing():
+    api = inspect.signature(mc.import_routing).parameters
+    command = inspect.signature(verbs.import_).parameters
+    assert set(api) == set(command)
+    for option, parameter in command.items():
+        if parameter.default is not inspect.Parameter.empty:
+            assert parameter.default == api[option].default, option
+
+
 def test_fit_has_the_settings_of_hsdl():
     settings = set(inspect.signature(mc.HSDL).parameters)
     command = set(inspect.signature(verbs.fit).parameters)
@@ -61,7 +70,7 @@ def test_defaults_agree():
             assert parameter.default == getattr(defaults, option), option
 
 
-@pytest.mark.parametrize("command", [v.__name__ for v in verbs.VERBS])
+@pytest.mark.parametrize("command", [verbs.command_name(v) for v in verbs.VERBS])
 def test_help_has_an_example(command):
     found = typer.testing.CliRunner().invoke(app, [command, "--help"])
     assert found.exit_code == 0

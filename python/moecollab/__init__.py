@@ -1,10 +1,10 @@
 """Which experts of a Mixture-of-Experts model work together, and which it can do without.
 
-``extract`` records what the routers do on your text, ``HSDL().fit`` finds groups of experts that
-work together across layers, ``mine`` counts every pair and triplet, ``score`` and ``plan`` decide
-which experts to drop, ``mask`` tries a plan in memory, ``prune`` writes a smaller checkpoint,
-``evaluate`` says what it cost and ``report`` shows it all on one page. Each is also a command:
-``moecollab --help``.
+``extract`` records what the routers do on your text, ``import_routing`` reads what a serving
+engine recorded, ``HSDL().fit`` finds groups of experts that work together across layers, ``mine``
+counts every pair and triplet, ``score`` and ``plan`` decide which experts to drop, ``mask`` tries a
+plan in memory, ``prune`` writes a smaller checkpoint, ``evaluate`` says what it cost and ``report``
+shows it all on one page. Each is also a command: ``moecollab --help``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from moecollab.pruning.planning import Plan, load_plan, plan
     from moecollab.pruning.pruning import prune
     from moecollab.record.activations import Activations, load_activations
+    from moecollab.record.counts import RoutingCounts, load_counts
     from moecollab.record.extraction import extract
+    from moecollab.record.imports.importing import import_routing
     from moecollab.reporting.figures.sweeps import sweep_figure
     from moecollab.reporting.page import report
 
@@ -38,12 +40,15 @@ _HOME = {
     "HSDL": "patterns.dictionary",
     "Mined": "patterns.mined",
     "Plan": "pruning.planning",
+    "RoutingCounts": "record.counts",
     "Scores": "criteria.scores",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
     "extract": "record.extraction",
+    "import_routing": "record.imports.importing",
     "load_activations": "record.activations",
     "load_collaboration": "patterns.dictionary",
+    "load_counts": "record.counts",
     "load_evaluation": "evaluation.evaluation",
     "load_mined": "patterns.mined",
     "load_plan": "pruning.planning",
@@ -67,12 +72,15 @@ __all__ = [
     "Evaluation",
     "Mined",
     "Plan",
+    "RoutingCounts",
     "Scores",
     "coverage",
     "evaluate",
     "extract",
+    "import_routing",
     "load_activations",
     "load_collaboration",
+    "load_counts",
     "load_evaluation",
     "load_mined",
     "load_plan",

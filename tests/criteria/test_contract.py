@@ -17,7 +17,7 @@ from moecollab.errors import (
 )
 
 NAMES = criteria.names()
-MEANS = ("reap",)
+MEANS = ("esft_gate", "esft_token", "reap")
 """Criteria that are means over tokens."""
 
 

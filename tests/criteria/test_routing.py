@@ -5,6 +5,7 @@ import pytest
 from synthetic import Recorded
 
 from moecollab.criteria.scoring import score
+from moecollab.pruning.planning import plan
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,21 @@ def test_frequency_counts_tokens(small):
 def test_gate_sum_adds_weights(small):
     found = score("gate_sum", small)
     assert found.values.tolist() == [[1.625, 0.875, 0.5], [0.25, 1, 3.5]]
+
+
+def test_esft_divides_by_choices_and_tokens(small):
+    token = score("esft_token", small).values
+    np.testing.assert_allclose(token, [[3 / 6, 2 / 6, 1 / 6], [1 / 5, 1 / 5, 3 / 5]])
+    gate = score("esft_gate", small).values
+    np.testing.assert_allclose(gate[0], np.array([1.625, 0.875, 0.5]) / 3)
+    np.testing.assert_allclose(gate[1], np.array([0.25, 1, 3.5]) / 2.5)
+
+
+@pytest.mark.parametrize(("name", "like"), [("esft_token", "frequency"), ("esft_gate", "gate_sum")])
+def test_esft_drops_what_its_sum_drops(acts, name, like):
+    for per in ("layer", "model"):
+        one, other = (plan(score(by, acts), drop=0.5, per=per) for by in (name, like))
+        assert one.keep == other.keep
 
 
 def test_reap_is_the_mean_of_weight_times_norm(small):

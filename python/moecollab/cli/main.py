@@ -64,7 +64,7 @@ app = typer.Typer(
     "matter.\n\nStart with: moecollab demo",
 )
 for _verb in verbs.VERBS:
-    app.command(_verb.__name__)(_guarded(_verb))
+    app.command(verbs.command_name(_verb))(_guarded(_verb))
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -11,6 +11,7 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.cli.imports import import_
 from moecollab.cli.studies import sweep
 from moecollab.errors import SettingsError
 from moecollab.manifest import refuse_existing
@@ -337,6 +338,7 @@ def criteria() -> None:
 
 VERBS: tuple[Callable[..., None], ...] = (
     extract,
+    import_,
     fit,
     sweep,
     mine,
@@ -350,3 +352,8 @@ VERBS: tuple[Callable[..., None], ...] = (
     criteria,
 )
 """Every command, in the order of the data flow."""
+
+
+def command_name(verb: Callable[..., None]) -> str:
+    """What a verb is called on the command line, where Python's own words are free."""
+    return verb.__name__.removesuffix("_")

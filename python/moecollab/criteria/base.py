@@ -25,7 +25,9 @@ class Needs(Flag):
 
     NOTHING = 0
     ROUTING = auto()
-    """Counts and sums of weights; every extraction records them."""
+    """Counts of routed tokens; every recording has them."""
+    ROUTING_WEIGHTS = auto()
+    """Sums of routing weights; every extraction records them, some imports do not."""
     OUTPUT_NORMS = auto()
     """Sums of the norms of expert outputs; recorded on request."""
     COLLABORATION = auto()
@@ -34,6 +36,7 @@ class Needs(Flag):
 
 _PROVIDED_BY = {
     Needs.ROUTING: "extract activations from the model first",
+    Needs.ROUTING_WEIGHTS: "the files hold expert ids alone; use extract, or files with weights",
     Needs.OUTPUT_NORMS: "extract again with norms=True (--norms)",
     Needs.COLLABORATION: "fit one on these activations and pass collaboration= (--collaboration)",
 }

@@ -25,7 +25,7 @@ def gate_sum(evidence: Evidence, /) -> NDArray[np.float64]:
     """Total weight with which the model used each expert.
 
     Formula: s(l, e) = Σ_t g(t, l, e) over the tokens routed to e, g the weight the model used
-    Needs: routing
+    Needs: routing, routing weights
     Direction: higher is kept
     Cost: reads the tallies, O(n_layers n_experts)
     Source: SEER-MoE (arXiv:2404.05089), He et al. 2024 (arXiv:2406.02500), for DeepSeek as coded
@@ -33,6 +33,44 @@ def gate_sum(evidence: Evidence, /) -> NDArray[np.float64]:
     Not defined when: never; an expert without tokens scores 0
     """
     return evidence.tallies.sum_weight.astype(np.float64)
+
+
+def esft_token(evidence: Evidence, /) -> NDArray[np.float64]:
+    """Share of a layer's routing that goes to each expert, by number of choices.
+
+    Formula: s(l, e) = n(l, e) / Σ_e' n(l, e'), which is n(l, e) / (k T) for T tokens with k experts
+    Needs: routing
+    Direction: higher is kept
+    Cost: reads the tallies, O(n_layers n_experts)
+    Source: ESFT-Token, Wang et al. 2024 (arXiv:2407.01906), eq. 8; differs: over all tokens, as the
+        authors' published scores are, where the paper averages over samples first. Ranks a layer's
+        experts as ``frequency`` does
+    Not defined when: a layer has no tokens; its experts score 0
+    """
+    return _per_choice(evidence, evidence.tallies.count.astype(np.float64))
+
+
+def esft_gate(evidence: Evidence, /) -> NDArray[np.float64]:
+    """Mean weight of each expert over all tokens.
+
+    Formula: s(l, e) = Σ_t g(t, l, e) / T, with T = Σ_e n(l, e) / k tokens of k experts each
+    Needs: routing, routing weights
+    Direction: higher is kept
+    Cost: reads the tallies, O(n_layers n_experts)
+    Source: ESFT-Gate, Wang et al. 2024 (arXiv:2407.01906), eq. 7; differs: over all tokens, as the
+        authors' published scores are, where the paper averages over samples first. Ranks a layer's
+        experts as ``gate_sum`` does
+    Not defined when: a layer has no tokens; its experts score 0
+    """
+    return _per_choice(evidence, evidence.top_k * evidence.tallies.sum_weight.astype(np.float64))
+
+
+def _per_choice(evidence: Evidence, total: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sums divided by the number of choices in their layer."""
+    choices = evidence.tallies.count.sum(axis=-1, keepdims=True)
+    share: NDArray[np.float64] = np.zeros(total.shape)
+    np.divide(total, choices, out=share, where=choices > 0)
+    return share
 
 
 def random(evidence: Evidence, /) -> NDArray[np.float64]:
@@ -50,6 +88,8 @@ def random(evidence: Evidence, /) -> NDArray[np.float64]:
 
 CRITERIA = (
     Criterion("frequency", Needs.ROUTING, frequency),
-    Criterion("gate_sum", Needs.ROUTING, gate_sum),
+    Criterion("gate_sum", Needs.ROUTING | Needs.ROUTING_WEIGHTS, gate_sum),
+    Criterion("esft_token", Needs.ROUTING, esft_token),
+    Criterion("esft_gate", Needs.ROUTING | Needs.ROUTING_WEIGHTS, esft_gate),
     Criterion("random", Needs.NOTHING, random),
 )

@@ -14,7 +14,8 @@ from moecollab.criteria.base import Criterion, Evidence, Needs, check_needs
 from moecollab.criteria.scores import Scores
 from moecollab.errors import SettingsError, ShapeError, StaleInputError
 from moecollab.manifest import refuse_existing
-from moecollab.record.activations import Activations, load_activations
+from moecollab.record.activations import Activations
+from moecollab.record.counts import RoutingCounts, open_recorded
 
 if TYPE_CHECKING:
     from moecollab.patterns.dictionary import Collaboration
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def score(
     criterion: str,
-    activations: Activations | str | PathLike[str],
+    activations: Activations | RoutingCounts | str | PathLike[str],
     *,
     collaboration: Collaboration | str | PathLike[str] | None = None,
     drop: float = 0.25,
@@ -36,8 +37,8 @@ def score(
     ----------
     criterion : str
         Name of a registered criterion: ``moecollab.criteria.names()``.
-    activations : Activations or path
-        What the routers did, recorded by ``extract``.
+    activations : Activations, RoutingCounts or path
+        What the routers did, recorded by ``extract`` or imported.
     collaboration : Collaboration or path, optional
         Patterns fitted on these activations, for criteria that need them.
     drop : float
@@ -61,7 +62,7 @@ def score(
     _check_settings(drop, seed)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
-    acts = activations if isinstance(activations, Activations) else load_activations(activations)
+    acts = open_recorded(activations)
     check_needs(chosen, _available(acts, given=collaboration is not None))
     patterns = _patterns(chosen, acts, collaboration)
     evidence = Evidence(
@@ -92,9 +93,11 @@ def _check_settings(drop: float, seed: int) -> None:
         raise SettingsError("seed", seed, "at least 0")
 
 
-def _available(acts: Activations, *, given: bool) -> Needs:
+def _available(acts: Activations | RoutingCounts, *, given: bool) -> Needs:
     """What these activations, and a collaboration if given, can answer."""
     found = Needs.ROUTING
+    if acts.has_weights:
+        found |= Needs.ROUTING_WEIGHTS
     if acts.has_norms:
         found |= Needs.OUTPUT_NORMS
     return found | Needs.COLLABORATION if given else found
@@ -102,7 +105,7 @@ def _available(acts: Activations, *, given: bool) -> Needs:
 
 def _patterns(
     criterion: Criterion,
-    acts: Activations,
+    acts: Activations | RoutingCounts,
     given: Collaboration | str | PathLike[str] | None,
 ) -> Collaboration | None:
     """The collaboration, if the criterion wants one, checked to belong to these activations."""

@@ -17,6 +17,7 @@ from moecollab.errors import DataError, MissingInputError, SchemaError, Settings
 from moecollab.manifest import MANIFEST, check_manifest, digest_bytes, digest_file, read_json
 from moecollab.record.rows import Rows
 from moecollab.record.schema import (
+    COUNTS_KIND,
     KIND,
     SAMPLE_COLUMNS,
     SAMPLES,
@@ -111,6 +112,11 @@ class Activations:
     def has_norms(self) -> bool:
         """Whether norms of expert outputs were recorded."""
         return bool(self.manifest["settings"]["norms"])
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether routing weights were recorded; else all weights of a token are equal."""
+        return bool(self.manifest["model"].get("weights", True))
 
     def samples(self) -> pl.DataFrame:
         """One row per sample: sample, domain, n_tokens, text_start."""
@@ -295,6 +301,11 @@ def load_activations(path: str | PathLike[str]) -> Activations:
     if not (folder / MANIFEST).is_file():
         raise DataError(f"{folder} holds no activations (no {MANIFEST}); make them with extract")
     manifest = read_json(folder / MANIFEST)
+    if manifest.get("kind") == COUNTS_KIND:
+        raise SchemaError(
+            f"{folder} holds counts without single tokens, which can be scored but not fitted or "
+            "mined; import files that hold tokens"
+        )
     check_manifest(manifest, KIND, VERSION, folder)
     try:
         acts = Activations(folder, manifest)

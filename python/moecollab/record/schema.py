@@ -10,6 +10,7 @@ from moecollab.errors import DataError, SchemaError
 
 KIND = "activations"
 VERSION = 1
+COUNTS_KIND = "routing_counts"
 TOKENS = "tokens.parquet"
 SAMPLES = "samples.parquet"
 VOCABULARY = "vocabulary.parquet"

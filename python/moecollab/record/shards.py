@@ -140,13 +140,14 @@ def _layer_arrays(store: ShardStore, n_shards: int, layer: int, *, norms: bool) 
 def _token_table(samples: Sequence[Sample]) -> pl.DataFrame:
     """One row per token, in corpus order."""
     lengths = np.array([len(sample.ids) for sample in samples])
-    n_tokens = int(lengths.sum())
-    first = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    token = np.arange(n_tokens)
+    places = [
+        np.arange(len(sample.ids)) if sample.positions is None else sample.positions
+        for sample in samples
+    ]
     columns = {
-        "token": token,
+        "token": np.arange(int(lengths.sum())),
         "sample": np.repeat(np.arange(len(samples)), lengths),
-        "position": token - first,
+        "position": np.concatenate(places),
         "token_id": np.concatenate([sample.ids for sample in samples]),
     }
     return pl.DataFrame(columns, schema=TOKEN_COLUMNS)

@@ -25,10 +25,13 @@ class Sample:
         Where the tokens come from.
     ids : uint32 array of shape (n_tokens,)
         Token ids, at least one.
+    positions : uint32 array of shape (n_tokens,), or None
+        Positions in the document; 0, 1, 2 … if None.
     """
 
     document: Document
     ids: NDArray[np.uint32]
+    positions: NDArray[np.uint32] | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moecollab.record.activations import Activations
 from moecollab.reporting.material import Material
 
 
@@ -72,8 +73,7 @@ def _commands(material: Material) -> Iterator[str]:
     model = "MODEL" if acts is None else str(acts.manifest["model"].get("path") or "MODEL")
     model = shlex.quote(model)
     if acts is not None:
-        options = _options(acts.manifest["settings"], ("tokens", "context"))
-        yield f"extract {model} TEXT --out run/activations{options}{_seed(acts.manifest)}"
+        yield _recording(acts, model)
     if collab is not None:
         atoms = ",".join(str(len(level.atoms)) for level in collab.levels)
         options = _options(collab.settings, ("sparsity", "reconstruction", "rows", "weights"))
@@ -95,6 +95,17 @@ def _commands(material: Material) -> Iterator[str]:
         yield f"evaluate {model} --corpus HELD_OUT --out run/evaluations/full.json"
         yield "evaluate run/masked --corpus HELD_OUT --out run/evaluations/masked.json"
     yield "report run --out run/report.html"
+
+
+def _recording(acts: Activations, model: str) -> str:
+    """The command that made the activations."""
+    settings = acts.manifest["settings"]
+    if "imported" in acts.manifest:
+        kind = shlex.quote(acts.manifest["imported"]["kind"])
+        known = _options(settings, ("experts", "top_k", "domain"))
+        return f"import {kind} FILES --out run/activations{known}"
+    options = _options(settings, ("tokens", "context"))
+    return f"extract {model} TEXT --out run/activations{options}{_seed(acts.manifest)}"
 
 
 def _options(settings: Mapping[str, Any], names: tuple[str, ...]) -> str:

@@ -1,0 +1,1 @@
+"""Reading routing that other programs recorded."""
