@@ -21,6 +21,7 @@ mod dictionary;
 mod encoding;
 mod error;
 mod hierarchy;
+mod joint;
 mod level;
 mod median;
 mod mining;

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moecollab.errors import DataError, MissingInputError, SchemaError, SettingsError
 from moecollab.manifest import MANIFEST, check_manifest, digest_bytes, digest_file, read_json
+from moecollab.record.recording import Recording
 from moecollab.record.rows import Rows
 from moecollab.record.schema import (
     COUNTS_KIND,
@@ -58,40 +59,12 @@ class LayerTable:
 
 
 @dataclass(frozen=True)
-class Activations:
+class Activations(Recording):
     """Router activations of a model on a corpus, in a folder.
 
     Made by :func:`moecollab.extract`, opened by :func:`load_activations`; tables are read when
     they are asked for.
     """
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The model's own indices of its MoE layers."""
-        return tuple(int(layer) for layer in self.manifest["model"]["layers"])
-
-    @property
-    def n_layers(self) -> int:
-        """Number of MoE layers."""
-        return len(self.layers)
-
-    @property
-    def n_experts(self) -> int:
-        """Routed experts per layer."""
-        return int(self.manifest["model"]["n_experts"])
-
-    @property
-    def top_k(self) -> int:
-        """Experts per token and layer."""
-        return int(self.manifest["model"]["top_k"])
-
-    @property
-    def n_sites(self) -> int:
-        """Routed experts over all layers."""
-        return self.n_layers * self.n_experts
 
     @property
     def n_tokens(self) -> int:

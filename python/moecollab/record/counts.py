@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from moecollab.errors import DataError, SchemaError
 from moecollab.manifest import MANIFEST, check_manifest, digest_bytes, digest_file, read_json
 from moecollab.record.activations import Activations, load_activations
+from moecollab.record.recording import Recording
 from moecollab.record.schema import COUNTS_KIND, TALLIES
 from moecollab.record.tallies import Tallies, load_tallies
 
@@ -18,41 +18,13 @@ KIND, VERSION = COUNTS_KIND, 1
 
 
 @dataclass(frozen=True)
-class RoutingCounts:
+class RoutingCounts(Recording):
     """Sums by domain, layer and expert, in a folder; there are no rows to fit or to mine.
 
     Made by :func:`moecollab.import_routing` from sources that count, opened by
     :func:`load_counts`, and scored by :func:`moecollab.score`. Sums that the source does not hold
     are NaN, so that nothing made of them passes for a number.
     """
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The model's own indices of its MoE layers."""
-        return tuple(int(layer) for layer in self.manifest["model"]["layers"])
-
-    @property
-    def n_layers(self) -> int:
-        """Number of MoE layers."""
-        return len(self.layers)
-
-    @property
-    def n_experts(self) -> int:
-        """Routed experts per layer."""
-        return int(self.manifest["model"]["n_experts"])
-
-    @property
-    def top_k(self) -> int:
-        """Experts per token and layer."""
-        return int(self.manifest["model"]["top_k"])
-
-    @property
-    def n_sites(self) -> int:
-        """Routed experts over all layers."""
-        return self.n_layers * self.n_experts
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.errors import DataError, ShapeError
-from moecollab.record.imports.dump import Findings, Piece
+from moecollab.record.imports.dump import Dump, Findings, Piece
 
 MAX_POSITION = 2**32 - 1  # positions are stored as uint32
 
@@ -148,3 +149,11 @@ class Request:
                 "all but the last; the rows belong to another request or were cut: record it again"
             )
         findings.last_token_absent += int(end == total - 1)
+
+
+def dump_of(requests: Iterable[Request]) -> Dump:
+    """The pieces of some requests that hold any rows, and what was found on the way."""
+    findings = Findings()
+    found = [request.piece(findings) for request in requests]
+    pieces = [piece for piece in found if piece is not None and len(piece.ids)]
+    return Dump(pieces=pieces, findings=findings)

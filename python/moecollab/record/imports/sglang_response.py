@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from moecollab.errors import SchemaError
-from moecollab.record.imports.dump import Dump, Findings, Options, uint32s
+from moecollab.record.imports.dump import Dump, Options, uint32s
 from moecollab.record.imports.encoded import Form, decode_ids
 from moecollab.record.imports.json_objects import as_count, as_list, as_object, read_objects
-from moecollab.record.imports.requests import Request, Tokens
+from moecollab.record.imports.requests import Request, Tokens, dump_of
 from moecollab.record.imports.vllm import domain_of, read_tokens
 
 BARE = ("int32",)
@@ -22,14 +22,11 @@ def read_sglang_response(paths: Sequence[Path], options: Options) -> Dump:
     They are under ``meta_info`` of native responses, ``sgl_ext`` of choices in OpenAI's form. The
     layers and experts per token must be said; dense layers are in the file too, with zeros.
     """
-    findings = Findings()
-    found = [
-        request.piece(findings)
+    return dump_of(
+        request
         for path, where, response in read_objects(paths)
         for request in _requests(path, where, response, options)
-    ]
-    pieces = [piece for piece in found if piece is not None and len(piece.ids)]
-    return Dump(pieces=pieces, findings=findings)
+    )
 
 
 def _requests(

@@ -8,10 +8,10 @@ from typing import Any
 
 from moecollab.errors import SchemaError
 from moecollab.record.corpus import DEFAULT_DOMAIN
-from moecollab.record.imports.dump import Dump, Findings, Options, uint32s
+from moecollab.record.imports.dump import Dump, Options, uint32s
 from moecollab.record.imports.encoded import Form, decode_ids
 from moecollab.record.imports.json_objects import as_count, as_list, as_object, read_objects
-from moecollab.record.imports.requests import Request, Tokens
+from moecollab.record.imports.requests import Request, Tokens, dump_of
 
 BARE = ("uint8", "uint16", "int32")
 
@@ -22,14 +22,11 @@ def read_vllm(paths: Sequence[Path], options: Options) -> Dump:
     Older servers give nested lists, the prompt's apart as ``prompt_routed_experts``; newer ones
     base64 of a ``.npy`` file for all tokens but the last. No version gives weights.
     """
-    findings = Findings()
-    found = [
-        request.piece(findings)
+    return dump_of(
+        request
         for path, where, response in read_objects(paths)
         for request in _requests(path, where, response, options)
-    ]
-    pieces = [piece for piece in found if piece is not None and len(piece.ids)]
-    return Dump(pieces=pieces, findings=findings)
+    )
 
 
 def _requests(

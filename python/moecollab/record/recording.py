@@ -1,0 +1,40 @@
+"""What every recording of a model's routing has: a folder, a manifest, and the model's shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A folder with a manifest that tells the model's shape."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The model's own indices of its MoE layers."""
+        return tuple(int(layer) for layer in self.manifest["model"]["layers"])
+
+    @property
+    def n_layers(self) -> int:
+        """Number of MoE layers."""
+        return len(self.layers)
+
+    @property
+    def n_experts(self) -> int:
+        """Routed experts per layer."""
+        return int(self.manifest["model"]["n_experts"])
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token and layer."""
+        return int(self.manifest["model"]["top_k"])
+
+    @property
+    def n_sites(self) -> int:
+        """Routed experts over all layers."""
+        return self.n_layers * self.n_experts
