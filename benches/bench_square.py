@@ -14,7 +14,7 @@ N_ROWS = 600
 ATOMS = [32, 128]
 LEARN = {
     "batch": 48,
-    "window": N_ROWS // 2,
+    "window": 2 * N_ROWS,
     "exponent": 3.0,
     "share": 0.5,
     "sparsity": PENALTY,

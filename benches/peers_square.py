@@ -172,7 +172,7 @@ def learn_ours(x, start, budget, batch):
     rows = sparse(x)
     n_atoms = len(start)
     batch = batch or max(1, round(0.75 * n_atoms / 48)) * 48
-    settings = {"batch": batch, "window": len(x) // 2, "exponent": 3.0, "share": 0.5}
+    settings = {"batch": batch, "window": 2 * len(x), "exponent": 3.0, "share": 0.5}
     settings |= {"sparsity": PENALTY, "reconstruction": 1.0, "tolerance": 1e-3}
     settings |= {"seed": 0, "threads": 1}
 

@@ -230,7 +230,7 @@ impl Learner {
     fn update(&mut self, pool: &Pool) {
         let n_atoms = self.state.atoms.n_rows();
         let moved = ((n_atoms as f64 * self.schedule.share).ceil() as usize).clamp(1, n_atoms);
-        let which = most_promising(&self.state.sums, moved);
+        let which = most_promising(&self.state.atoms, &self.state.sums, moved);
         for block in which.chunks(BLOCK) {
             self.steps
                 .block(block, &mut self.state.atoms, &mut self.state.sums, pool);

@@ -166,14 +166,23 @@ impl WithSimd for Target<'_> {
     }
 }
 
-/// The atoms that promise the most from moving, `|U_k|^2 / A_kk`, in ascending order.
-pub(crate) fn most_promising(sums: &Statistics, count: usize) -> Vec<u32> {
+/// The atoms that promise the most from moving, `A_kk |step|^2`, in ascending order.
+///
+/// Steps are those to each atom's own optimum. The pull alone would not do: the penalty on codes
+/// leaves every atom of norm 1 a pull along itself that it cannot follow.
+pub(crate) fn most_promising(atoms: &Matrix, sums: &Statistics, count: usize) -> Vec<u32> {
     let promise = |atom: usize| {
         let second = sums.second.row(atom)[atom];
         if second <= UNUSED * sums.weight {
             return 0.0;
         }
-        sum_of_squares(sums.pull.row(atom)) / second
+        let [square, product, old] = Arch::new().dispatch(Promise {
+            old: atoms.row(atom),
+            pull: sums.pull.row(atom),
+            inverse: 1.0 / second,
+        });
+        let scale = 1.0 / square.sqrt().max(1.0);
+        second * (scale * (scale * square - 2.0 * product) + old)
     };
     let n_atoms = sums.second.n_rows();
     let mut which: Vec<u32> = (0..n_atoms as u32).collect();
@@ -185,6 +194,41 @@ pub(crate) fn most_promising(sums: &Statistics, count: usize) -> Vec<u32> {
         which.sort_unstable();
     }
     which
+}
+
+/// Of an atom's free optimum, cut at 0: its square, its product with the old atom, the old square.
+struct Promise<'a> {
+    old: &'a [f32],
+    pull: &'a [f32],
+    inverse: f32,
+}
+
+impl WithSimd for Promise<'_> {
+    type Output = [f32; 3];
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> [f32; 3] {
+        const WIDE: usize = 4;
+        let zero = simd.splat_f32s(0.0);
+        let inverse = simd.splat_f32s(self.inverse);
+        let mut sums = [[zero; WIDE]; 3];
+        let olds = S::as_simd_f32s(self.old).0.chunks(WIDE);
+        for (old, pull) in olds.zip(S::as_simd_f32s(self.pull).0.chunks(WIDE)) {
+            for (lane, (&old, &pull)) in old.iter().zip(pull).enumerate() {
+                let free = simd.max_f32s(simd.mul_add_f32s(inverse, pull, old), zero);
+                sums[0][lane] = simd.mul_add_f32s(free, free, sums[0][lane]);
+                sums[1][lane] = simd.mul_add_f32s(free, old, sums[1][lane]);
+                sums[2][lane] = simd.mul_add_f32s(old, old, sums[2][lane]);
+            }
+        }
+        sums.map(|sums| {
+            let pairs = [
+                simd.add_f32s(sums[0], sums[1]),
+                simd.add_f32s(sums[2], sums[3]),
+            ];
+            simd.reduce_sum_f32s(simd.add_f32s(pairs[0], pairs[1]))
+        })
+    }
 }
 
 /// Brings the rows and columns of some atoms in the Gram matrix up to date.

@@ -119,3 +119,25 @@ fn the_gram_matrix_follows() {
     let afresh = crate::square::correlate::gram(&atoms, &Panels::new(&atoms));
     assert_eq!(gram.flat(), afresh.flat());
 }
+
+#[test]
+fn atoms_that_cannot_follow_their_pull_promise_nothing() {
+    // Atom 0 has norm 1 and is pulled along itself and, at zero, below zero: it cannot move. Atom 1
+    // is pulled less, but sideways. Atom 2 is inside the ball, and free.
+    let mut atoms = Matrix::from_flat(&[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.5], 3);
+    let mut sums = Statistics::new(3, 3);
+    sums.weight = 1.0;
+    let pulls = [[9.0, -7.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.0, 0.2]];
+    for (atom, pull) in pulls.iter().enumerate() {
+        sums.second.row_mut(atom)[atom] = 2.0;
+        sums.pull.row_mut(atom)[..3].copy_from_slice(pull);
+    }
+    assert_eq!(most_promising(&atoms, &sums, 2), vec![1, 2]);
+    assert_eq!(most_promising(&atoms, &sums, 1), vec![1]);
+    // So do the steps.
+    let before = atoms.clone();
+    Steps::new(3, 3).block(&[0, 1, 2], &mut atoms, &mut sums, &Pool::new(1).unwrap());
+    assert_eq!(atoms.row(0), before.row(0));
+    assert!((atoms.row(1)[0] - 0.25 / 1.0625_f32.sqrt()).abs() < 1e-6);
+    assert!((atoms.row(2)[2] - 0.6).abs() < 1e-6);
+}
