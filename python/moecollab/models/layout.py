@@ -56,6 +56,8 @@ class Layout:
     top_k : str
         Configuration field with the number of experts per token, where the router has no
         ``top_k`` of its own.
+    capture : str
+        How the experts are listened to; a key of :data:`moecollab.models.capture.CAPTURES`.
     fixed : str
         Why experts cannot be masked or cut yet; empty where they can.
     """
@@ -75,6 +77,7 @@ class Layout:
     )
     flat: bool = False
     top_k: str = "num_experts_per_tok"
+    capture: str = "container"
     fixed: str = ""
 
     def __post_init__(self) -> None:

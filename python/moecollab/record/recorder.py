@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import DataError
-from moecollab.models.routing import Call, MoeLayer
+from moecollab.models.capture import capture
+from moecollab.models.routing import MoeLayer
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,6 @@ class _Seen:
 
 class Recorder:
     """Hooks on the experts of some layers while a ``with`` block runs.
-
-    With norms, the container is handed one row per token and slot with weight 1, and the weighted
-    sum is taken afterwards in the same order and precision: experts run once, and the model's
-    outputs keep their bits under the default implementation of experts.
 
     Parameters
     ----------
@@ -105,57 +101,33 @@ class Recorder:
 
 
 class _Watch:
-    """Hooks on one container."""
+    """What is heard of one layer."""
 
     def __init__(self, layer: MoeLayer, *, norms: bool) -> None:
         self.layer = layer
-        self.norms = norms
-        self.call: Call | None = None
+        self.capture = capture(layer, self, outputs=norms)
         self.seen: list[_Seen] = []
-        self.handles: list[RemovableHandle] = []
+        self.handles: Sequence[RemovableHandle] = []
 
     def attach(self) -> None:
-        experts = self.layer.experts
-        self.handles = [experts.register_forward_pre_hook(self.before, with_kwargs=True)]
-        if self.norms:
-            self.handles.append(experts.register_forward_hook(self.after))
+        self.handles = self.capture.attach()
 
     def detach(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles, self.seen, self.call = [], [], None
+        self.handles, self.seen = [], []
 
-    def before(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        call = Call.read(args, kwargs)
-        top_k = call.ids.shape[-1]
-        # Copies, since the model may go on to change its tensors in place.
-        ids = call.ids.detach().reshape(-1, top_k).clone()
-        self.seen.append(_Seen(ids, call.weights.detach().reshape(-1, top_k).float().clone()))
-        if not self.norms:
-            return None
-        self.call = call
-        hidden = call.hidden.reshape(-1, call.hidden.shape[-1])  # (n_positions, hidden)
-        ones = torch.ones_like(call.weights).reshape(-1, 1)
-        expanded = call.with_values(
-            hidden.repeat_interleave(top_k, dim=0), call.ids.reshape(-1, 1), ones
-        )
-        return expanded.args, expanded.kwargs
+    def routing(self, ids: Tensor, weights: Tensor) -> None:
+        self.seen.append(_Seen(ids, weights))
 
-    def after(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if self.call is None:
-            return output
-        call, self.call = self.call, None
-        top_k = call.ids.shape[-1]
-        slots = output.reshape(-1, top_k, output.shape[-1])  # (n_positions, top_k, hidden)
+    def outputs(self, slots: Tensor) -> None:
         seen = self.seen[-1]
         seen.norms = torch.linalg.vector_norm(slots, dim=-1, dtype=torch.float32)
         # The maximum norm, written so that torch vectorises it.
         seen.peaks = torch.maximum(slots.amax(dim=-1), -slots.amin(dim=-1)).float()
-        total = _weighted(slots, call.weights.reshape(-1, top_k, 1)).sum(dim=1)
-        total = total.to(output.dtype)  # (n_positions, hidden)
-        return total.reshape(*call.hidden.shape[:-1], output.shape[-1])
+
+    def total(self, routed: Tensor) -> None:
+        pass
 
     def take(self, real: Tensor) -> Routing:
         seen, self.seen = self.seen, []
@@ -197,10 +169,3 @@ class _Watch:
                 f"{what} of layer {self.layer.layer} are not finite; the weights are damaged or "
                 "overflow in this dtype: check the checkpoint or use float32"
             )
-
-
-def _weighted(slots: Tensor, weights: Tensor) -> Tensor:
-    """Slots times weights; in the memory of the slots, which nobody else has, where that fits."""
-    if torch.result_type(slots, weights) == slots.dtype and not slots.requires_grad:
-        return slots.mul_(weights)
-    return slots * weights
