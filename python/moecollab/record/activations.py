@@ -87,6 +87,12 @@ class Activations(Recording):
         return bool(self.manifest["settings"]["norms"])
 
     @property
+    def groups(self) -> tuple[str, ...]:
+        """What was summed, as in :data:`moecollab.record.sums.GROUPS`."""
+        norms = ["norms"] if self.has_norms else []
+        return ("routing", *norms, *self.manifest["settings"].get("collect", ()))
+
+    @property
     def has_weights(self) -> bool:
         """Whether routing weights were recorded; else all weights of a token are equal."""
         return bool(self.manifest["model"].get("weights", True))
