@@ -16,7 +16,7 @@ _CHUNK = 4096
 
 @dataclass(frozen=True)
 class Readings:
-    """What is known of the slots that were used; zeros elsewhere, (n_positions, top_k) each.
+    """What is known of slots, (n_slots,) each; zeros where nothing was read.
 
     Parameters
     ----------
@@ -24,13 +24,20 @@ class Readings:
         Euclidean norm of the output.
     peak : float32 Tensor
         Largest magnitude of its entries.
-    channel : int64 Tensor
+    channel : int32 Tensor
         The first channel that has it.
     """
 
     norm: Tensor
     peak: Tensor
     channel: Tensor
+
+    @classmethod
+    def zeros(cls, n_slots: int) -> Readings:
+        """Readings of nothing."""
+        return cls(
+            torch.zeros(n_slots), torch.zeros(n_slots), torch.zeros(n_slots, dtype=torch.int32)
+        )
 
 
 class OutputReader:
@@ -49,58 +56,49 @@ class OutputReader:
         self.channels = channels
         self.sums: NDArray[np.float64] | None = None
 
-    def read(self, slots: Tensor, site: Tensor, used: Tensor) -> Readings:
-        """Readings of a batch; sums grow by it.
+    def read(self, rows: Tensor, which: Tensor, sites: Tensor) -> Readings:
+        """Readings of some outputs; sums grow by them.
 
         Parameters
         ----------
-        slots : Tensor of shape (n_positions, top_k, hidden)
+        rows : Tensor of shape (n_rows, hidden)
             Outputs before the weights.
-        site : int64 Tensor of shape (n_positions, top_k)
-            Number of each slot's expert and domain, below `n_sites`.
-        used : bool Tensor of shape (n_positions, top_k)
-            Slots that count.
+        which : int64 Tensor of shape (n,)
+            The rows to read.
+        sites : int64 Tensor of shape (n,)
+            Number of each one's expert and domain, below `n_sites`.
         """
         if self.channels and self.sums is None:
-            self.sums = np.zeros((self.n_sites, 2, slots.shape[-1]))
-        flat = slots.detach().reshape(-1, slots.shape[-1])
-        picked = used.reshape(-1).nonzero()[:, 0]
-        sites = site.reshape(-1)[picked]
-        read = self._on_host if slots.device.type == "cpu" else self._on_device
-        found = read(flat, picked, sites)
-        columns = []
-        for values, dtype in zip(found, (torch.float32, torch.float32, torch.int64), strict=True):
-            column = torch.zeros(used.numel(), dtype=dtype)
-            column[picked.cpu()] = values.to(dtype).cpu()
-            columns.append(column.reshape(used.shape))
-        return Readings(*columns)
+            self.sums = np.zeros((self.n_sites, 2, rows.shape[-1]))
+        read = self._on_host if rows.device.type == "cpu" else self._on_device
+        return read(rows, which, sites)
 
-    def _on_host(self, flat: Tensor, picked: Tensor, sites: Tensor) -> list[Tensor]:
+    def _on_host(self, rows: Tensor, which: Tensor, sites: Tensor) -> Readings:
         """By the Rust core: every output is read from memory once."""
         order = sites.argsort(stable=True)
         counts = np.bincount(sites.numpy(), minlength=self.n_sites)
         starts = np.concatenate(([0], counts.cumsum())).astype(np.int64)
-        slots = picked[order]
-        found = read_outputs(
-            _as_array(flat), slots.numpy(), starts, self.sums, torch.get_num_threads()
-        )
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        columns = (found["norm"], found["peak"], found["channel"].astype(np.int64))
-        return [torch.from_numpy(column)[back] for column in columns]
+        threads = torch.get_num_threads()
+        found = read_outputs(_as_array(rows), which[order].numpy(), starts, self.sums, threads)
+        readings = Readings.zeros(len(order))
+        readings.norm[order] = torch.from_numpy(found["norm"])
+        readings.peak[order] = torch.from_numpy(found["peak"])
+        readings.channel[order] = torch.from_numpy(found["channel"].astype(np.int32))
+        return readings
 
-    def _on_device(self, flat: Tensor, picked: Tensor, sites: Tensor) -> list[Tensor]:
+    def _on_device(self, rows: Tensor, which: Tensor, sites: Tensor) -> Readings:
         """By torch, a few slots at a time."""
-        parts: list[list[Tensor]] = [[], [], []]
-        for start in range(0, len(picked), _CHUNK):
-            rows = flat[picked[start : start + _CHUNK]]
-            peak, channel = rows.abs().max(dim=-1)
-            norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
-            for part, value in zip(parts, (norm, peak.float(), channel), strict=True):
-                part.append(value)
+        readings = Readings.zeros(len(which))
+        for start in range(0, len(which), _CHUNK):
+            span = slice(start, start + _CHUNK)
+            some = rows[which[span]]
+            peak, channel = some.abs().max(dim=-1)
+            norm = torch.linalg.vector_norm(some, dim=-1, dtype=torch.float32)
+            readings.norm[span], readings.peak[span] = norm.cpu(), peak.float().cpu()
+            readings.channel[span] = channel.int().cpu()
             if self.sums is not None:
-                self._add(rows.double(), sites[start : start + _CHUNK])
-        return [torch.cat(part) if part else flat.new_zeros(0) for part in parts]
+                self._add(some.double(), sites[span])
+        return readings
 
     def _add(self, rows: Tensor, sites: Tensor) -> None:
         if self.sums is None:

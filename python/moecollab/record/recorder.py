@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
@@ -52,10 +52,12 @@ class Routing:
 
 @dataclass
 class _Seen:
-    """What one container call told: (n_positions, top_k) each, shift (n_positions,)."""
+    """What one call told: (n_positions, top_k) each; of slots, flattened; shift (n_positions,)."""
 
     ids: Tensor
     weights: Tensor
+    site: Tensor = field(default_factory=lambda: torch.empty(0))
+    counted: Tensor = field(default_factory=lambda: torch.empty(0))
     readings: Readings | None = None
     shift: Tensor | None = None
 
@@ -184,17 +186,27 @@ class _Watch:
     def routing(self, ids: Tensor, weights: Tensor) -> None:
         self.seen.append(_Seen(ids, weights))
 
-    def outputs(self, slots: Tensor) -> None:
+    def outputs(self, rows: Tensor, places: Tensor) -> None:
         if self.reader is None:
             return
-        seen, batch = self.seen[-1], self.batch
-        used = self._used(seen)
-        site = torch.where(used, seen.ids, 0).long()
+        seen = self.seen[-1]
+        if seen.readings is None:
+            seen.readings = Readings.zeros(seen.ids.numel())
+            seen.site, seen.counted = self._sites(seen)
+        which = seen.counted[places].nonzero()[:, 0]
+        found, at = self.reader.read(rows, which, seen.site[places[which]]), places[which].cpu()
+        seen.readings.norm[at], seen.readings.peak[at] = found.norm, found.peak
+        seen.readings.channel[at] = found.channel
+
+    def _sites(self, seen: _Seen) -> tuple[Tensor, Tensor]:
+        """Site of each slot, and whether it counts, (n_positions · top_k,)."""
+        batch, counted = self.batch, self._used(seen)
+        site = torch.where(counted, seen.ids, 0).long()
         if batch.real is not None:
-            used &= batch.real.to(used.device)[:, None]
+            counted = counted & batch.real.to(counted.device)[:, None]
         if batch.domain is not None:
-            site += batch.domain.to(site.device)[:, None] * self.n_experts
-        seen.readings = self.reader.read(slots, site, used)
+            site = site + batch.domain.to(site.device)[:, None] * self.n_experts
+        return site.reshape(-1), counted.reshape(-1)
 
     def total(self, routed: Tensor) -> None:
         if self.residual is not None:
@@ -236,9 +248,10 @@ class _Watch:
         if seen.readings is None:
             return []
         found, chosen = seen.readings, real.cpu()
-        norm, peak, channel = found.norm[chosen], found.peak[chosen], found.channel[chosen]
+        parts = [found.norm, found.peak, found.channel]
+        norm, peak, channel = (part.reshape(seen.ids.shape)[chosen] for part in parts)
         self._check(norm[used], "expert outputs")
-        return [norm * used, peak * used, (channel * used).int()]
+        return [norm * used, peak * used, channel * used]
 
     def _check(self, values: Tensor, what: str) -> None:
         if not bool(values.isfinite().all()):
