@@ -119,6 +119,24 @@ def test_wrong_names(acts):
         acts.rows("token", "square")
 
 
+def test_one_lazy_table_of_all_tokens(acts, bare):
+    table = acts.to_polars().collect()
+    assert table.columns[:5] == ["token", "sample", "domain", "position", "token_id"]
+    assert len(table) == acts.n_tokens
+    assert table["token_id"].equals(acts.tokens()["token_id"])
+    named = dict(acts.samples().select("sample", "domain").iter_rows())
+    assert [named[sample] for sample in table["sample"]] == table["domain"].to_list()
+    for layer in acts.layers:
+        assert np.array_equal(table[f"expert_{layer}"].to_numpy(), acts.layer(layer).expert)
+        assert np.array_equal(table[f"norm_{layer}"].to_numpy(), acts.layer(layer).norm)
+    assert table.schema["weight_0"] == pl.Array(pl.Float32, 2)
+    assert bare.to_polars([2]).collect_schema().names()[5:] == ["expert_2", "weight_2"]
+    law = acts.to_polars().filter(pl.col("domain") == "law").select(pl.len()).collect().item()
+    assert 0 < law < acts.n_tokens
+    with pytest.raises(SettingsError, match="layer is 7"):
+        acts.to_polars([7])
+
+
 def test_recording_without_norms(acts, bare):
     assert not bare.has_norms
     assert bare.layer(0).norm is None
