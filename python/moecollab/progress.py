@@ -35,6 +35,8 @@ class _Display(Protocol):
 
     def close(self, bar: Bar) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 _display: ContextVar[_Display | None] = ContextVar("moecollab_progress", default=None)
 
@@ -51,6 +53,13 @@ def track(what: str, total: float | None = None) -> Iterator[Bar]:
         yield bar
     finally:
         display.close(bar)
+
+
+def say(text: str) -> None:
+    """One line that stays in view, such as what long work is going to need."""
+    display = _display.get()
+    if display is not None:
+        display.say(text)
 
 
 @contextmanager
@@ -101,6 +110,9 @@ def show() -> Iterator[None]:
                 bars.remove_task(bar.task)  # a part of other work: only the whole stays in view
             elif isinstance(bar, RichBar):
                 bars.stop_task(bar.task)
+
+        def say(self, text: str) -> None:
+            bars.console.print(text, highlight=False, markup=False)
 
     token = _display.set(RichDisplay())
     try:

@@ -1,0 +1,137 @@
+"""Recording a model that does not fit into memory: every text through one layer, then the next.
+
+The model's own forward runs as always, on the same batches, so that what is recorded is what it
+would be with the whole model in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from moecollab.errors import SettingsError
+from moecollab.models.replay import Replay
+from moecollab.models.routing import find_moe_layers, text_config
+from moecollab.models.streamed import StreamedModel
+from moecollab.progress import Bar, say, track
+from moecollab.record.reading import Batch, Piece
+from moecollab.record.recorder import Recorder, Routing
+from moecollab.record.shelf import Shelf
+
+_SLOT_BYTES = 2 + 3 * 4  # an expert id, a weight, a norm and a peak
+_GB = 1_000_000_000
+
+
+class LayerReader:
+    """Runs a model whose weights stay on disk, but for the layer in use.
+
+    Parameters
+    ----------
+    streamed : StreamedModel
+        The model.
+    norms : bool
+        Whether to record norms of expert outputs.
+    hidden_gb : float
+        Gigabytes of hidden states that may be held in memory; more are written to disk.
+    """
+
+    def __init__(self, streamed: StreamedModel, *, norms: bool, hidden_gb: float) -> None:
+        if not hidden_gb >= 0:
+            raise SettingsError("hidden_gb", hidden_gb, "0 or more")
+        self.streamed = streamed
+        self.model: Any = streamed.model
+        self.norms = norms
+        self.most = int(min(hidden_gb, 1e9) * _GB)
+        self.moe = find_moe_layers(streamed.model)
+        self.replay = Replay(streamed.layers, type(streamed.model).__name__)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> LayerReader:
+        self._stack.enter_context(self.streamed.outside())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def digest(self) -> str:
+        """Digest of the model; reads all weights once and checks that they are finite."""
+        with track("check weights", len(self.streamed.layers)) as bar:
+            return self.streamed.digest(bar.advance)
+
+    def group(self, lengths: Sequence[int]) -> int:
+        """As many shards as fit into what may be held, and at least one.
+
+        More shards at once would be written to disk and read again for every layer, which is as slow
+        as reading the weights again, and a killed run would lose more.
+        """
+        size = self._state_bytes() + self._column_bytes()
+        count = total = 0
+        for length in lengths:
+            total += length * size
+            if count and total > self.most:
+                break
+            count += 1
+        return count
+
+    def _state_bytes(self) -> int:
+        """Hidden state of a token."""
+        return int(text_config(self.model).hidden_size) * int(self.model.dtype.itemsize)
+
+    def _column_bytes(self) -> int:
+        """What is recorded of a token."""
+        return sum(layer.top_k for layer in self.moe) * _SLOT_BYTES
+
+    def announce(self, lengths: Sequence[int], positions: int) -> None:
+        """Says how much memory will be needed, from the headers of the files."""
+        tokens = sum(lengths[: self.group(lengths)])
+        hidden = min(self.most, tokens * self._state_bytes())
+        # Rows of a batch: as they are, once per slot before and after the weights, in float32.
+        slots = 2 * max(layer.top_k for layer in self.moe) if self.norms else 2
+        working = positions * int(text_config(self.model).hidden_size) * 4 * (4 + slots)
+        parts = {
+            "embeddings": self.streamed.outside_bytes,
+            "one layer": self.streamed.layer_bytes,
+            "hidden states": hidden,
+            "routing": tokens * self._column_bytes(),
+            "a batch": working,
+        }
+        told = ", ".join(f"{name} {size / _GB:.2g}" for name, size in parts.items())
+        say(
+            f"layer by layer: about {sum(parts.values()) / _GB:.2g} GB ({told}) besides the "
+            f"program, for weights of {self.streamed.weight_bytes / _GB:.2g} GB"
+        )
+
+    def record(self, pieces: Sequence[Piece], bar: Bar, folder: Path) -> None:
+        """Fills the columns of some pieces; reads the weights of each layer once."""
+        row = {layer.layer: number for number, layer in enumerate(self.moe)}
+        last = max(row)  # nothing is recorded after it
+        with Shelf(folder, self.most, self.streamed.device) as shelf:
+            for number in range(last + 1):
+                bar.remark(f"layer {number + 1} of {last + 1}")
+                with self.streamed.layer(number):
+                    for place, piece in enumerate(pieces):
+                        found = self._run(number, place, piece.batch, shelf)
+                        if found:
+                            piece.fill(row[number], found[0])
+                        bar.advance(len(piece.batch.rows) / (last + 1))
+
+    def _run(self, number: int, place: int, batch: Batch, shelf: Shelf) -> list[Routing]:
+        """Runs one batch through one layer; what the layer did, if it has experts."""
+        inputs, real = batch.inputs(self.streamed.device)
+        watched = [layer for layer in self.moe if layer.layer == number]
+        with torch.inference_mode(), Recorder(watched, norms=self.norms) as recorder:
+            given = self.replay.run(
+                number, shelf.get(place), lambda: self.model.base_model(**inputs)
+            )
+            shelf.put(place, given)
+            return recorder.take(real)
