@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Bar(Protocol):
@@ -62,6 +65,18 @@ def say(text: str) -> None:
         display.say(text)
 
 
+class _RichBar:
+    def __init__(self, bars: Progress, what: str, total: float | None) -> None:
+        self.bars = bars
+        self.task = bars.add_task(what, total=total, remark="")
+
+    def advance(self, steps: float = 1) -> None:
+        self.bars.advance(self.task, steps)
+
+    def remark(self, text: str) -> None:
+        self.bars.update(self.task, remark=text)
+
+
 @contextmanager
 def show() -> Iterator[None]:
     """Shows the progress of everything done inside, on stderr."""
@@ -85,16 +100,6 @@ def show() -> Iterator[None]:
         console=Console(stderr=True),
     )
 
-    class RichBar:
-        def __init__(self, what: str, total: float | None) -> None:
-            self.task = bars.add_task(what, total=total, remark="")
-
-        def advance(self, steps: float = 1) -> None:
-            bars.advance(self.task, steps)
-
-        def remark(self, text: str) -> None:
-            bars.update(self.task, remark=text)
-
     class RichDisplay:
         def __init__(self) -> None:
             self.depth = 0
@@ -102,13 +107,13 @@ def show() -> Iterator[None]:
         def open(self, what: str, total: float | None) -> Bar:
             bars.start()
             self.depth += 1
-            return RichBar(what, total)
+            return _RichBar(bars, what, total)
 
         def close(self, bar: Bar) -> None:
             self.depth -= 1
-            if isinstance(bar, RichBar) and self.depth:
+            if isinstance(bar, _RichBar) and self.depth:
                 bars.remove_task(bar.task)  # a part of other work: only the whole stays in view
-            elif isinstance(bar, RichBar):
+            elif isinstance(bar, _RichBar):
                 bars.stop_task(bar.task)
 
         def say(self, text: str) -> None:

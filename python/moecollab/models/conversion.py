@@ -1,8 +1,8 @@
 """From the tensors of a checkpoint to those of a module, by the rules of transformers.
 
 Names and shapes on disk are often older than the code: experts one by one, other prefixes. The
-rules are applied by transformers' own loader, on a few tensors at a time. That loader is internal to
-transformers; this is the only place that calls it.
+rules are applied by transformers' own loader, on a few tensors at a time. That loader is internal
+to transformers; this is the only place that calls it.
 """
 
 from __future__ import annotations

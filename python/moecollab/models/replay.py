@@ -10,7 +10,7 @@ layer, or by the change that a layer makes in what it was given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -64,10 +64,8 @@ class Replay:
         with ExitStack() as stack:
             for place, layer in enumerate(self.layers):
                 stack.enter_context(_instead(layer, call.stand_in(place, layer.forward)))
-            try:
+            with suppress(_Left):
                 forward()
-            except _Left:
-                pass
         if call.next < len(self.layers) and not call.left:
             raise self.unsupported("does not call its layers in order")
         self._checked.add(number)
@@ -142,10 +140,14 @@ def _poison(given: Given) -> Given:
     def one(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
-        bad = float("nan") if value.is_floating_point() else _lowest(value.dtype)
+        bad = float("nan") if _can_be_nan(value) else _lowest(value.dtype)
         return torch.full((), bad, dtype=value.dtype, device=value.device).expand(value.shape)
 
     return tree_map(one, given)
+
+
+def _can_be_nan(value: Tensor) -> bool:
+    return value.is_floating_point() or value.is_complex()
 
 
 def _lowest(dtype: torch.dtype) -> int:
@@ -156,7 +158,7 @@ def _poisoned(value: object) -> bool:
     """Whether a tensor holds what :func:`_poison` puts into tensors."""
     if not isinstance(value, Tensor) or value.dtype in (torch.bool, torch.uint8):
         return False
-    bad = value.isnan() if value.is_floating_point() else value == _lowest(value.dtype)
+    bad = value.isnan() if _can_be_nan(value) else value == _lowest(value.dtype)
     return bool(bad.any())
 
 

@@ -27,6 +27,8 @@ from moecollab.models.loading import (
 from moecollab.models.masked import read_masked
 from moecollab.models.routing import find_moe_layers
 
+_FILLED = "_is_hf_initialized"  # by this mark transformers knows what it need not fill
+
 
 class StreamedModel:
     """A causal language model of which only what is needed is in memory.
@@ -80,7 +82,7 @@ class StreamedModel:
         self._absent = self._absences(parts)
         self._sort(parts)
         for module in self.model.modules():  # what is not loaded is not filled either
-            module._is_hf_initialized = True
+            vars(module)[_FILLED] = True
 
     @property
     def base(self) -> Any:  # noqa: ANN401 (transformers is untyped)
@@ -215,7 +217,7 @@ class StreamedModel:
         """Gives modules what is on no disk, such as rotary frequencies, as transformers does."""
         names = {id(module): name for name, module in self.model.named_modules()}
         for module in modules:
-            module._is_hf_initialized = False
+            vars(module)[_FILLED] = False
             for name, value in _own(module):
                 unsaved = name in module._non_persistent_buffers_set
                 if value.is_meta and (unsaved or f"{names[id(module)]}.{name}" in self._absent):

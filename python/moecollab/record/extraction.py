@@ -114,8 +114,8 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         the same to rounding.
     hidden_gb : float
         With `layer_by_layer`, gigabytes of hidden states and routing that are held in memory. More
-        text than fits is read in several rounds over the weights; hidden states of 8,192 tokens that
-        do not fit are written to disk.
+        text than fits is read in several rounds over the weights; where not even about 8,192
+        tokens fit, their hidden states are written to disk.
     overwrite : bool
         Whether `out` may be replaced.
     tokenizer : optional

@@ -71,8 +71,8 @@ class LayerReader:
     def group(self, lengths: Sequence[int]) -> int:
         """As many shards as fit into what may be held, and at least one.
 
-        More shards at once would be written to disk and read again for every layer, which is as slow
-        as reading the weights again, and a killed run would lose more.
+        More shards at once would go to disk and back for every layer, which is as slow as reading
+        the weights again, and a killed run would lose more.
         """
         size = self._state_bytes() + self._column_bytes()
         count = total = 0

@@ -150,7 +150,12 @@ class WholeReader:
         """One shard at a time."""
         return min(1, len(lengths))
 
-    def record(self, pieces: Sequence[Piece], bar: Bar, folder: Path) -> None:
+    def record(
+        self,
+        pieces: Sequence[Piece],
+        bar: Bar,
+        folder: Path,  # noqa: ARG002 (part of the protocol)
+    ) -> None:
         """Fills the columns of some pieces, batch by batch."""
         device = self.model.device
         with Recorder(find_moe_layers(self.model), norms=self.norms) as recorder:
