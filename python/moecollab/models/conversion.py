@@ -19,6 +19,7 @@ import transformers
 from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.models.checkpoint import Checkpoint
 
+_NOWHERE = "no.such.module"
 _AT_ONCE = 64 << 20  # bytes of small tensors that are converted in one call
 
 
@@ -65,7 +66,9 @@ class Converter:
         with _expected():
             rules = loader.rules(model)
             self._settings = loader.Settings(
-                device_map={"": device},
+                # Without threads, which would read all at once and take memory of their own; where
+                # anything goes to disk the loader has none.
+                device_map={"": device, _NOWHERE: "disk"},
                 dtype=model.dtype,
                 dtype_plan=model._get_dtype_plan(model.dtype),
                 weight_mapping=rules,
@@ -115,8 +118,8 @@ class Converter:
         """
         for group in _groups(parts):
             keys = [key for part in group for key in part.keys]
-            with self.checkpoint.slices(keys) as slices, _expected():
-                report, _ = self._convert(self.model, slices, self._settings)
+            with self.checkpoint.unread(keys) as tensors, _expected():
+                report, _ = self._convert(self.model, tensors, self._settings)
             _check(self.checkpoint.path, report)
 
 

@@ -91,9 +91,8 @@ def check_tensor(name: str, value: torch.Tensor) -> None:
     if value.is_meta or not value.is_floating_point():
         return
     tensor = value.detach().float() if value.dtype.itemsize == 1 else value.detach()
-    # A number that is not finite always shows in the sum, which is cheap; a finite sum may
-    # overflow, hence the second look.
-    if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+    # Both ends are NaN if any value is; this reads once and takes no memory.
+    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
         raise DataError(
             f"weight {name} holds NaN or infinite values; the checkpoint is damaged: "
             "download or save it again"
@@ -210,6 +209,8 @@ def explained(path: str) -> Iterator[None]:
     """Turns errors of the loader into DataError with one sentence."""
     try:
         yield
+    except DataError:
+        raise
     except SafetensorError as cause:
         raise DataError(
             f"the weights in {path} are truncated or damaged ({cause}); download or save them again"
