@@ -19,6 +19,7 @@ import transformers
 from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.models.checkpoint import Checkpoint
 
+_LESS = "free some, or ask for a smaller context, batch_size or hidden_gb"
 _NOWHERE = "no.such.module"
 _AT_ONCE = 64 << 20  # bytes of small tensors that are converted in one call
 
@@ -160,8 +161,10 @@ def _check(path: str, report: Any) -> None:  # noqa: ANN401 (transformers is unt
             "model's: download or save it again"
         )
     for name, reason in sorted(report.conversion_errors.items()):
-        last = str(reason).strip().splitlines()
-        told = next((line for line in last if "Error: " in line), last[-1]).strip()
+        lines = str(reason).strip().splitlines()
+        told = next((line for line in lines if "Error: " in line), lines[-1]).strip()
+        if "alloc" in told or "MemoryError" in told:
+            raise DataError(f"there is too little memory for the weight {name}; {_LESS}")
         raise DataError(
             f"the weight {name} cannot be put together from {path} ({told}); the checkpoint is "
             "incomplete: download or save it again"

@@ -67,7 +67,7 @@ class Replay:
             with suppress(_Left):
                 forward()
         if call.next < len(self.layers) and not call.left:
-            raise self.unsupported("does not call its layers in order")
+            raise self.unsupported("does not call its layers once each in order")
         self._checked.add(number)
         return call.given
 
@@ -116,7 +116,7 @@ class _Call:
         contents = [_contents(value) for value in holders]
         given = real(*args, **kwargs)
         if contents != [_contents(value) for value in holders]:
-            raise self.replay.unsupported("lets layers share keys and values")
+            raise self.replay.unsupported("lets layers share what they keep")
         return given
 
 

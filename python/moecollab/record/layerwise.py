@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moecollab.errors import SettingsError
+from moecollab.models.allocation import returned
 from moecollab.models.replay import Replay
 from moecollab.models.routing import find_moe_layers, text_config
 from moecollab.models.streamed import StreamedModel
@@ -52,6 +53,7 @@ class LayerReader:
         self._stack = ExitStack()
 
     def __enter__(self) -> LayerReader:
+        self._stack.enter_context(returned())
         self._stack.enter_context(self.streamed.outside())
         return self
 
@@ -108,7 +110,8 @@ class LayerReader:
         told = ", ".join(f"{name} {size / _GB:.2g}" for name, size in parts.items())
         say(
             f"layer by layer: about {sum(parts.values()) / _GB:.2g} GB ({told}) besides the "
-            f"program, for weights of {self.streamed.weight_bytes / _GB:.2g} GB"
+            "program and what torch keeps (up to 0.5), for weights of "
+            f"{self.streamed.weight_bytes / _GB:.2g} GB"
         )
 
     def record(self, pieces: Sequence[Piece], bar: Bar, folder: Path) -> None:
