@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,7 +29,13 @@ ModelLike: TypeAlias = nn.Module | str | PathLike[str]
 
 
 def load_model(
-    model: ModelLike, dtype: str = "auto", *, device: str | None = None, moe: bool = True
+    model: ModelLike,
+    dtype: str = "auto",
+    *,
+    device: str | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    offload_folder: str | PathLike[str] | None = None,
+    moe: bool = True,
 ) -> tuple[Any, Any]:
     """A model ready to run, and its tokenizer or None.
 
@@ -41,6 +48,11 @@ def load_model(
         Type of the weights; "auto" is that of the files.
     device : str, optional
         Where to put the weights; CUDA if there is any, else the CPU.
+    device_map : "auto" or mapping of module names to devices, optional
+        Spreads the weights over devices, memory and disk, in place of `device`; by accelerate,
+        which must be installed.
+    offload_folder : path, optional
+        Where weights go that `device_map` puts on disk and that differ from their files.
     moe : bool
         Whether a model without known MoE layers is an error, found before weights are read.
 
@@ -60,12 +72,32 @@ def load_model(
         return model, None
     masked = read_masked(model)
     base = str(model) if masked is None else masked[0]
-    loaded = _load_weights(base, dtype, moe=moe)
+    placed = None if device_map is None else _placement(device_map, device, offload_folder)
+    loaded = _load_weights(base, dtype, moe=moe, **(placed or {}))
     check_finite(loaded)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if placed is None:
+        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if masked is not None:
         Mask(loaded, masked[1])
     return loaded.eval(), load_tokenizer(base)
+
+
+def _placement(
+    device_map: str | Mapping[str, int | str],
+    device: str | None,
+    offload_folder: str | PathLike[str] | None,
+) -> dict[str, Any]:
+    """What the loader of transformers is told about devices."""
+    if device is not None:
+        raise SettingsError("device", device, "None where device_map is given")
+    if find_spec("accelerate") is None:
+        raise DataError(
+            "device_map needs accelerate, which is not installed; run pip install accelerate, or "
+            "leave device_map out"
+        )
+    placed = device_map if isinstance(device_map, str) else dict(device_map)
+    folder = None if offload_folder is None else str(offload_folder)
+    return {"device_map": placed, "offload_folder": folder}
 
 
 def load_tokenizer(path: str) -> Any | None:  # noqa: ANN401 (transformers is untyped)
@@ -152,11 +184,11 @@ def open_config(path: str, *, moe: bool) -> Any:  # noqa: ANN401 (transformers i
     return config
 
 
-def _load_weights(path: str, dtype: str, *, moe: bool) -> Any:  # noqa: ANN401
+def _load_weights(path: str, dtype: str, *, moe: bool, **placed: Any) -> Any:  # noqa: ANN401
     open_config(path, moe=moe)
     with explained(path), quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed
         )
     missing = sorted(report["missing_keys"])
     if missing:

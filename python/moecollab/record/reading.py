@@ -157,7 +157,7 @@ class WholeReader:
         folder: Path,  # noqa: ARG002 (part of the protocol)
     ) -> None:
         """Fills the columns of some pieces, batch by batch."""
-        device = self.model.device
+        device = _device(self.model)
         with Recorder(find_moe_layers(self.model), norms=self.norms) as recorder:
             for piece in pieces:
                 inputs, real = piece.batch.inputs(device)
@@ -167,3 +167,9 @@ class WholeReader:
                 for layer, routing in enumerate(recorder.take(real)):
                     piece.fill(layer, routing)
                 bar.advance(len(piece.batch.rows))
+
+
+def _device(model: Any) -> torch.device:  # noqa: ANN401
+    """Where a model takes its inputs; accelerate moves them from there to where they are needed."""
+    held = (value.device for value in model.parameters() if not value.is_meta)
+    return next(held, torch.device("cpu"))
