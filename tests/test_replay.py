@@ -56,6 +56,10 @@ def test_chain_is_the_same():
     assert all("forward" not in vars(layer) for layer in model.layers)
 
 
+def test_overflow_is_not_taken_for_a_shortcut():
+    assert through(Model(plain), torch.full((2, 3), torch.nan)).isnan().all()
+
+
 def tuples(layers, hidden):
     state = (hidden, None)
     for layer in layers:

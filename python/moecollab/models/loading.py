@@ -120,7 +120,7 @@ def check_finite(model: nn.Module) -> None:
 
 def check_tensor(name: str, value: torch.Tensor) -> None:
     """Raises DataError if a tensor in memory is of floating point and not finite."""
-    if value.is_meta or not value.is_floating_point():
+    if value.is_meta or not value.is_floating_point() or not _plain_numbers(value):
         return
     tensor = value.detach().float() if value.dtype.itemsize == 1 else value.detach()
     # Both ends are NaN if any value is; this reads once and takes no memory.
@@ -129,6 +129,11 @@ def check_tensor(name: str, value: torch.Tensor) -> None:
             f"weight {name} holds NaN or infinite values; the checkpoint is damaged: "
             "download or save it again"
         )
+
+
+def _plain_numbers(value: torch.Tensor) -> bool:
+    """Whether a tensor holds its values as they are; quantisers bring types of their own."""
+    return type(value.detach()) is torch.Tensor
 
 
 def digest_model(model: nn.Module) -> str:
@@ -145,7 +150,8 @@ def digest_tensor(value: torch.Tensor) -> str:
     """Shape, dtype and digest of sampled values of one tensor of a model."""
     flat = value.detach().reshape(-1)
     step = max(1, flat.numel() // _SAMPLED)
-    sampled = b"" if value.is_meta else flat[::step].float().cpu().numpy().tobytes()
+    unread = value.is_meta or not _plain_numbers(value)
+    sampled = b"" if unread else flat[::step].float().cpu().numpy().tobytes()
     return f"{tuple(value.shape)} {value.dtype} {digest_bytes(sampled)}"
 
 
