@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 import models
 import wild
-from moecollab import progress
+from moecollab import plan, progress, score
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
 from moecollab.manifest import digest_file, read_json
 from moecollab.models import conversion
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.loading import digest_model, load_model
+from moecollab.models.masking import mask
 from moecollab.models.streamed import StreamedModel
 from moecollab.record import extraction, shelf, windows
 from moecollab.record.activations import load_activations
@@ -85,6 +86,17 @@ def test_another_dtype_and_no_norms(model_folder, texts, tmp_path):
     whole = extract(model_folder, texts, out=tmp_path / "whole", **settings)
     layered = extract(model_folder, texts, out=tmp_path / "l", layer_by_layer=True, **settings)
     assert files(layered.path) == files(whole.path)
+
+
+def test_masked_model(family, texts, tmp_path):
+    folder = models.save(family, tmp_path / "model")
+    acts = extract(folder, texts, out=tmp_path / "acts")
+    chosen = plan(score("frequency", acts), drop=0.25)
+    mask(folder, chosen, out=tmp_path / "masked")
+    whole = extract(tmp_path / "masked", texts, out=tmp_path / "whole")
+    layered = extract(tmp_path / "masked", texts, out=tmp_path / "layered", layer_by_layer=True)
+    assert files(layered.path) == files(whole.path)
+    assert files(whole.path) != files(acts.path)
 
 
 def test_digest_is_that_of_the_whole_model(family, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.conversion import Converter, Part, peak_bytes
+from moecollab.models.keep import check_keep
 from moecollab.models.loading import (
     DTYPES,
     check_tensor,
@@ -24,7 +25,7 @@ from moecollab.models.loading import (
     quiet,
     skeleton,
 )
-from moecollab.models.masked import read_masked
+from moecollab.models.masked import layer_masked, read_masked
 from moecollab.models.routing import find_moe_layers
 
 _FILLED = "_is_hf_initialized"  # by this mark transformers knows what it need not fill
@@ -39,7 +40,7 @@ class StreamedModel:
     Parameters
     ----------
     path : path or hub name
-        A model in safetensors.
+        A model in safetensors, or a masked model's folder.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type of the weights; "auto" is that of the files.
     device : str, optional
@@ -50,7 +51,7 @@ class StreamedModel:
     DataError
         When files are missing or damaged, or lack a weight; found before weights are read.
     UnsupportedModelError
-        When the model is dense or its family is not known, is masked or has quantised weights.
+        When the model is dense, its family is not known, or its weights are quantised.
     """
 
     def __init__(
@@ -58,13 +59,9 @@ class StreamedModel:
     ) -> None:
         if dtype not in DTYPES:
             raise SettingsError("dtype", dtype, f"one of {', '.join(DTYPES)}")
-        self.path = str(path)
+        masked = read_masked(path)
+        self.path = str(path) if masked is None else masked[0]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if read_masked(path) is not None:
-            raise UnsupportedModelError(
-                f"{path} is a masked model, whose routers are cut in memory; record it without "
-                "layer_by_layer"
-            )
         config = open_config(self.path, moe=True)
         if getattr(config, "quantization_config", None) is not None:
             raise UnsupportedModelError(
@@ -76,6 +73,11 @@ class StreamedModel:
             self.model = skeleton(config, dtype=wanted or checkpoint.dtype).eval()
         self.model.name_or_path = self.path
         self.places = _decoder_layers(self.model)
+        layers = find_moe_layers(self.model)
+        self._moe = {layer.layer: layer for layer in layers}
+        self._keep = None if masked is None else masked[1]
+        if self._keep is not None:
+            check_keep(self._keep, layers)
         self._loader = Converter(self.model, checkpoint, self.device)
         self._tied: dict[str, str] = dict(getattr(self.model, "all_tied_weights_keys", {}))
         parts = self._loader.parts()
@@ -194,7 +196,12 @@ class StreamedModel:
     @contextmanager
     def layer(self, number: int) -> Iterator[None]:
         """Holds one decoder layer while the block runs."""
-        with self._loaded(self._of_layer[number], list(self.layers[number].modules())):
+        with ExitStack() as stack:
+            modules = list(self.layers[number].modules())
+            stack.enter_context(self._loaded(self._of_layer[number], modules))
+            if self._keep is not None and number in self._moe:
+                kept = self._keep.keep[number]
+                stack.enter_context(layer_masked(self._moe[number], kept))
             yield
 
     def _owners(self, parts: Sequence[Part]) -> list[nn.Module]:

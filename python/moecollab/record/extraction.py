@@ -166,7 +166,7 @@ def _open(
         )
     streamed = StreamedModel(model, dtype)
     reader = LayerReader(streamed, norms=settings.norms, hidden_gb=hidden_gb)
-    return reader, load_tokenizer(str(model))
+    return reader, load_tokenizer(streamed.path)
 
 
 def _record(run: _Run, samples: Sequence[Sample], store: ShardStore) -> None:
