@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import models
 import wild
 from moecollab import plan, progress, score
+from moecollab.cli.main import app
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
 from moecollab.manifest import digest_file, read_json
 from moecollab.models import conversion
@@ -405,3 +407,20 @@ def test_another_transformers(folder, tmp_path, texts, monkeypatch):
     told = refusal(folder, tmp_path, texts)
     assert "loads weights in another way than this version of moecollab knows" in told
     assert conversion.transformers.__version__ in told
+
+
+def test_command(model_folder, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Owls hunt at night.\n\nBadgers do as well.\n")
+    command = ["extract", str(model_folder), str(corpus), "--out", str(tmp_path / "acts")]
+    shown = CliRunner().invoke(app, [*command, "--layer-by-layer", "--hidden-gb", "0.5"])
+    assert shown.exit_code == 0, shown.output
+    assert "layer by layer: about" in shown.stderr
+    assert len(load_activations(tmp_path / "acts").layers) == 3
+
+
+def test_layers_that_share_keys_and_values(tmp_path, texts):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    folder = wild.save("gemma4", tmp_path / "model", num_kv_shared_layers=2, layer_types=kinds)
+    told = refusal(folder, tmp_path, texts, context=32)
+    assert "Gemma4ForCausalLM lets layers share what they keep; record it without" in told
