@@ -28,6 +28,7 @@ from moecollab.record.activations import load_activations
 from moecollab.record.extraction import extract
 from moecollab.record.layerwise import LayerReader
 from moecollab.record.shelf import Shelf
+from moecollab.record.sums import GROUPS
 
 ALL = [*models.FAMILIES, *wild.FAMILIES]
 
@@ -87,6 +88,14 @@ def test_another_dtype_and_no_norms(model_folder, texts, tmp_path):
     settings = {"dtype": "bfloat16", "norms": False}
     whole = extract(model_folder, texts, out=tmp_path / "whole", **settings)
     layered = extract(model_folder, texts, out=tmp_path / "l", layer_by_layer=True, **settings)
+    assert files(layered.path) == files(whole.path)
+
+
+def test_every_sum(texts, tmp_path, small_shards):
+    folder = models.save("qwen3_moe", tmp_path / "model")
+    settings = {"collect": [group for group in GROUPS if group not in ("routing", "norms")]}
+    whole = extract(folder, texts, out=tmp_path / "whole", **settings)
+    layered = extract(folder, texts, out=tmp_path / "l", layer_by_layer=True, **settings)
     assert files(layered.path) == files(whole.path)
 
 
@@ -160,14 +169,14 @@ def test_too_many_hidden_states_go_to_disk(
 
 
 def test_shards_are_read_together_as_far_as_they_fit(model_folder):
-    reader = LayerReader(StreamedModel(model_folder), norms=True, hidden_gb=1e-6)
-    token = 32 * 4 + 3 * 2 * 14  # a hidden state, and 14 bytes for each of 2 slots in 3 layers
+    reader = LayerReader(StreamedModel(model_folder), hidden_gb=1e-6)
+    token = 32 * 4 + 3 * 2 * 18  # a hidden state, and 18 bytes for each of 2 slots in 3 layers
     fitting = 1000 // token
     assert reader.group([fitting - 1, 1, 1]) == 2
     assert reader.group([10**6, 1]) == 1
     assert reader.group([]) == 0
     with pytest.raises(SettingsError, match="hidden_gb is -1; it must be 0 or more"):
-        LayerReader(StreamedModel(model_folder), norms=True, hidden_gb=-1)
+        LayerReader(StreamedModel(model_folder), hidden_gb=-1)
 
 
 class Killed(BaseException):
@@ -181,11 +190,11 @@ def test_stopped_run_goes_on(model_folder, texts, tmp_path, monkeypatch, small_s
     rounds = []
     run = LayerReader._run
 
-    def dying(self, number, place, batch, kept):
+    def dying(self, number, *others):
         rounds.append(number)
         if rounds.count(2) == 2:
             raise error
-        return run(self, number, place, batch, kept)
+        run(self, number, *others)
 
     with monkeypatch.context() as patch:
         patch.setattr(LayerReader, "_run", dying)

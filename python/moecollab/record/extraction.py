@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from moecollab.progress import Bar, track
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.corpus import Corpus, Source, read_corpus
 from moecollab.record.layerwise import LayerReader
-from moecollab.record.reading import Piece, Reader, WholeReader, cut_batches
-from moecollab.record.recorder import Routing
+from moecollab.record.reading import Listen, Piece, Reader, WholeReader, cut_batches
+from moecollab.record.recorder import Recorder, Routing
 from moecollab.record.schema import KIND, VERSION
 from moecollab.record.shards import Arrays, ShardStore, merge_shards
+from moecollab.record.sums import GROUPS, names_of
 from moecollab.record.tallies import Tallies
-from moecollab.record.tallying import tally
+from moecollab.record.tallying import Tokens, tally
 from moecollab.record.windows import Sample, group_shards, select_samples
+
+_FROM_OUTPUTS = ("shift", "channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,8 @@ class Settings:
         Most tokens to record.
     norms : bool
         Whether to record norms of expert outputs.
+    collect : tuple of str
+        What else to sum.
     context : int
         Tokens that the model reads at once.
     batch_size : int
@@ -53,9 +59,14 @@ class Settings:
     context: int
     batch_size: int
     seed: int
+    collect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks ranges."""
+        """Checks ranges, and that what is collected can be."""
+        names_of(self.collect)
+        for group in _FROM_OUTPUTS:
+            if group in self.collect and not self.norms:
+                raise SettingsError("norms", self.norms, f"true to collect {group!r}")
         for name in ("context", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingsError(name, getattr(self, name), "1 or more")
@@ -63,6 +74,12 @@ class Settings:
             raise SettingsError("tokens", self.tokens, "1 or more, or None for all")
         if self.seed < 0:
             raise SettingsError("seed", self.seed, "0 or more")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """All that is summed, in the order of :data:`moecollab.record.sums.GROUPS`."""
+        wanted = {"routing", *(["norms"] if self.norms else []), *self.collect}
+        return tuple(group for group in GROUPS if group in wanted)
 
 
 def extract(  # noqa: PLR0913 (the verb takes what the command takes)
@@ -72,6 +89,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     out: str | PathLike[str],
     tokens: int | None = None,
     norms: bool = True,
+    collect: str | Sequence[str] = "",
     context: int = 512,
     batch_size: int = 8,
     seed: int = 0,
@@ -100,6 +118,9 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         Most tokens to record: a choice by `seed` from every domain in proportion; all if None.
     norms : bool
         Whether to record norms of expert outputs, which some criteria need.
+    collect : str or sequence of str
+        What else to sum in the same pass, such as "channels,pairs": names in
+        :data:`moecollab.record.sums.GROUPS`, or of criteria, which stand for what they need.
     context : int
         Tokens that the model reads at once; at most what the model was made for.
     batch_size : int
@@ -132,7 +153,12 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         When `out` is there and `overwrite` is false.
     """
     settings = Settings(
-        tokens=tokens, norms=norms, context=context, batch_size=batch_size, seed=seed
+        tokens=tokens,
+        norms=norms,
+        collect=collected(collect),
+        context=context,
+        batch_size=batch_size,
+        seed=seed,
     )
     target = Path(out)
     refuse_existing(target, overwrite=overwrite)
@@ -159,14 +185,37 @@ def _open(
     """The model, whole or layer by layer if there are gigabytes for that; its tokenizer or None."""
     if hidden_gb is None:
         loaded, tokenizer = load_model(model, dtype)
-        return WholeReader(loaded, norms=settings.norms), tokenizer
+        return WholeReader(loaded), tokenizer
     if isinstance(model, nn.Module):
         raise SettingsError(
             "layer_by_layer", True, "False for a model that is loaded; give its folder instead"
         )
     streamed = StreamedModel(model, dtype)
-    reader = LayerReader(streamed, norms=settings.norms, hidden_gb=hidden_gb)
+    reader = LayerReader(streamed, hidden_gb=hidden_gb, channels="channels" in settings.collect)
     return reader, load_tokenizer(streamed.path)
+
+
+def collected(asked: str | Sequence[str]) -> tuple[str, ...]:
+    """Groups of sums that names of groups or of criteria ask for, in a fixed order.
+
+    Raises
+    ------
+    SettingsError
+        When a name is neither.
+    """
+    from moecollab import criteria
+    from moecollab.criteria.base import groups_of
+
+    wanted: set[str] = set()
+    for name in filter(None, asked.split(",") if isinstance(asked, str) else asked):
+        if name in criteria.names():
+            wanted |= set(groups_of(criteria.get(name).needs))
+        elif name in GROUPS:
+            wanted.add(name)
+        else:
+            known = ", ".join((*GROUPS, *criteria.names()))
+            raise SettingsError("collect", name, f"some of {known}")
+    return tuple(group for group in GROUPS if group in wanted - {"routing", "norms"})
 
 
 def _record(run: _Run, samples: Sequence[Sample], store: ShardStore) -> None:
@@ -225,7 +274,9 @@ class _Run:
         described = manifest(
             KIND,
             VERSION,
-            settings=asdict(self.settings) | {"context": self.context, "dtype": self._dtype()},
+            settings=asdict(self.settings)
+            | {"context": self.context, "dtype": self._dtype()}
+            | {"collect": list(self.settings.collect)},
             inputs={"model": self.reader.digest(), "corpus": corpus.digest},
             seed=self.settings.seed,
         )
@@ -264,50 +315,59 @@ class _Run:
             if not store.has(other):
                 missing.append(other)
         missing = missing[: self.reader.group(_lengths([shards[one] for one in missing]))]
-        columns = {one: self._empty(sum(_lengths([shards[one]]))) for one in missing}
+        tokens = {one: Tokens.of(shards[one], domains) for one in missing}
+        columns = {one: self._empty(len(tokens[one].domain)) for one in missing}
         pieces = [
-            Piece(batch, columns[one])
+            Piece(batch, columns[one], tokens[one].domain[batch.rows])
             for one in missing
             for batch in cut_batches(shards[one], self.context, self.settings.batch_size)
         ]
-        self.reader.record(pieces, bar, store.folder / "hidden")
+        self.reader.record(pieces, self._listen(len(domains)), bar, store.folder / "hidden")
         for one in missing:
-            store.write(one, self.arrays(shards[one], domains, columns.pop(one)))
+            store.write(one, self.arrays(tokens[one], domains, columns.pop(one)))
         return set(missing)
 
-    def arrays(
-        self, samples: Sequence[Sample], domains: Sequence[str], merged: list[Routing]
-    ) -> Arrays:
+    def arrays(self, tokens: Tokens, domains: Sequence[str], merged: list[Routing]) -> Arrays:
         """Arrays of one shard: every layer's columns and the shard's tallies."""
-        counts = [len(sample.ids) for sample in samples]
-        number = np.array([domains.index(sample.document.domain) for sample in samples])
-        sums = tally(domains, np.repeat(number, counts), merged, self.n_experts)
-        arrays: Arrays = {f"tally.{name}": value for name, value in sums.as_arrays().items()}
+        sums = tally(domains, tokens, merged, self.n_experts, self.settings.groups)
+        arrays: Arrays = {f"tally.{name}": value for name, value in sums.arrays.items()}
         for place, columns in zip(self.layers, merged, strict=True):
             for name in ("expert", "weight", *(["norm"] if self.settings.norms else [])):
                 arrays[f"{name}.{place.layer}"] = getattr(columns, name)
         return arrays
 
+    def _listen(self, n_domains: int) -> Listen:
+        """Makes recorders of what is asked for."""
+        collect = self.settings.collect
+        return partial(
+            Recorder,
+            norms=self.settings.norms,
+            channels="channels" in collect,
+            shift=self.model if "shift" in collect else None,
+            n_domains=n_domains,
+            n_experts=self.n_experts,
+        )
+
     def tallies(self, domains: Sequence[str], arrays: Arrays) -> Tallies:
         """The tallies of a finished shard."""
-        sums = {
-            name.removeprefix("tally."): value
-            for name, value in arrays.items()
-            if name.startswith("tally.")
-        }
-        return Tallies(domains=tuple(domains), has_norms=self.settings.norms, **sums)
+        return Tallies(tuple(domains), {name: arrays[f"tally.{name}"] for name in self._names()})
+
+    def _names(self) -> tuple[str, ...]:
+        return names_of(self.settings.groups)
 
     def _empty(self, n_tokens: int) -> list[Routing]:
         """Columns of zeros for each layer."""
         shape = (n_tokens, self.top_k)
 
-        def zeros() -> NDArray[np.float32] | None:
-            return np.zeros(shape, np.float32) if self.settings.norms else None
+        def zeros(dtype: type[np.generic] = np.float32) -> NDArray[Any] | None:
+            return np.zeros(shape, dtype) if self.settings.norms else None
 
-        return [
-            Routing(np.zeros(shape, np.uint16), np.zeros(shape, np.float32), zeros(), zeros())
-            for _ in self.layers
-        ]
+        def layer() -> Routing:
+            chosen, weight = np.zeros(shape, np.uint16), np.zeros(shape, np.float32)
+            shift = np.zeros(n_tokens, np.float32) if "shift" in self.settings.collect else None
+            return Routing(chosen, weight, zeros(), zeros(), zeros(np.int32), shift)
+
+        return [layer() for _ in self.layers]
 
     def vocabulary(self, samples: Sequence[Sample]) -> dict[int, str]:
         """Text of every token id that occurs, by id."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moecollab.models.loading import digest_model
-from moecollab.models.routing import find_moe_layers
+from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.progress import Bar
 from moecollab.record.recorder import Recorder, Routing
 from moecollab.record.windows import Sample, cut_windows, group_batches
+
+_FIELDS = ("expert", "weight", "norm", "peak", "channel")
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,35 @@ class Piece:
         What the model reads.
     columns : list of Routing
         One entry per MoE layer, with a row for each token of the shard; to be filled.
+    domain : int64 array of shape (n_tokens,)
+        Number of each token's domain.
     """
 
     batch: Batch
     columns: list[Routing]
+    domain: NDArray[np.int64]
+
+    def begin(self, recorder: Recorder, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+        """Says what is coming; what the model is called with, and which positions are real."""
+        inputs, real = self.batch.inputs(device)
+        domain = np.zeros(self.batch.real.shape, np.int64)
+        domain[self.batch.real] = self.domain
+        recorder.begin(real, torch.from_numpy(domain.reshape(-1)))
+        return inputs, real
 
     def fill(self, layer: int, routing: Routing) -> None:
         """Writes what a layer did to the batch; fewer slots than columns leave zeros."""
-        for field in fields(Routing):
-            column, value = (getattr(one, field.name) for one in (self.columns[layer], routing))
+        into = self.columns[layer]
+        for name in _FIELDS:
+            column, value = getattr(into, name), getattr(routing, name)
             if column is not None and value is not None:
                 column[self.batch.rows, : value.shape[1]] = value
+        if into.shift is not None and routing.shift is not None:
+            into.shift[self.batch.rows] = routing.shift
+        self.columns[layer] = replace(into, sums=routing.sums)
+
+
+Listen: TypeAlias = Callable[[Sequence[MoeLayer]], Recorder]  # makes one for some layers
 
 
 class Reader(Protocol):
@@ -107,8 +127,8 @@ class Reader(Protocol):
     def group(self, lengths: Sequence[int]) -> int:
         """How many of the next shards, of these lengths in tokens, are read together."""
 
-    def record(self, pieces: Sequence[Piece], bar: Bar, folder: Path) -> None:
-        """Fills the columns of some pieces; `folder` may be used meanwhile."""
+    def record(self, pieces: Sequence[Piece], listen: Listen, bar: Bar, folder: Path) -> None:
+        """Fills the columns of some pieces, shard by shard; `folder` may be used meanwhile."""
 
 
 class WholeReader:
@@ -118,13 +138,10 @@ class WholeReader:
     ----------
     model : PreTrainedModel
         The model.
-    norms : bool
-        Whether to record norms of expert outputs.
     """
 
-    def __init__(self, model: Any, *, norms: bool) -> None:  # noqa: ANN401
+    def __init__(self, model: Any) -> None:  # noqa: ANN401
         self.model = model
-        self.norms = norms
         self._training = model.training
 
     def __enter__(self) -> WholeReader:
@@ -153,14 +170,15 @@ class WholeReader:
     def record(
         self,
         pieces: Sequence[Piece],
+        listen: Listen,
         bar: Bar,
         folder: Path,  # noqa: ARG002 (part of the protocol)
     ) -> None:
-        """Fills the columns of some pieces, batch by batch."""
+        """Fills the columns of the pieces of one shard, batch by batch."""
         device = _device(self.model)
-        with Recorder(find_moe_layers(self.model), norms=self.norms) as recorder:
+        with listen(find_moe_layers(self.model)) as recorder:
             for piece in pieces:
-                inputs, real = piece.batch.inputs(device)
+                inputs, real = piece.begin(recorder, device)
                 with torch.inference_mode():
                     # The base model, because nobody reads the logits here.
                     self.model.base_model(**inputs)
