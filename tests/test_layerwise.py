@@ -271,6 +271,7 @@ def save_large(folder):
 LARGE = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 24}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are those of Linux")
 def test_model_three_times_its_memory(tmp_path):
     folder = tmp_path / "model"
