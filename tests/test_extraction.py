@@ -27,6 +27,7 @@ from moecollab.record import extraction, windows
 from moecollab.record.activations import load_activations
 from moecollab.record.corpus import read_corpus
 from moecollab.record.extraction import extract
+from moecollab.record.reading import WholeReader
 from moecollab.record.recorder import Recorder
 
 
@@ -183,15 +184,15 @@ class Killed(BaseException):
 def kill_after(monkeypatch, shards):
     """Makes the recording die before its n-th shard."""
     done = []
-    run = extraction._Run.shard
+    run = WholeReader.record
 
-    def shard(self, *args):
+    def record(self, *args):
         if len(done) == shards:
             raise Killed
         done.append(1)
-        return run(self, *args)
+        run(self, *args)
 
-    monkeypatch.setattr(extraction._Run, "shard", shard)
+    monkeypatch.setattr(WholeReader, "record", record)
     return done
 
 

@@ -2,13 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import models
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
+from moecollab.models import loading
 from moecollab.models.loading import check_finite, digest_model, load_model
+from moecollab.models.routing import find_moe_layers
+from moecollab.record.extraction import extract
+from moecollab.record.recorder import Recorder
 
 
 @pytest.fixture
@@ -141,3 +146,45 @@ def test_damaged_tokenizer_is_named(tmp_path):
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(DataError, match=r"tokenizer in .* is damaged"):
         load_model(folder)
+
+
+def recorded(model, token_ids):
+    """Routing of some tokens."""
+    layers = find_moe_layers(model)
+    with torch.inference_mode(), Recorder(layers, norms=True) as recorder:
+        model.base_model(input_ids=token_ids, use_cache=False)
+        return recorder.take(torch.ones(token_ids.numel(), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("disk", [(), (1,), (0, 1, 2)])
+def test_weights_spread_by_accelerate(folder, tmp_path, token_ids, disk):
+    pytest.importorskip("accelerate")
+    whole = recorded(load_model(folder)[0], token_ids)
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    device_map |= {f"model.layers.{n}": "disk" if n in disk else "cpu" for n in range(3)}
+    device_map = device_map | {"lm_head": "cpu"} if disk else {"": "cpu"}
+    model, tokenizer = load_model(
+        folder, device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )
+    assert any(value.is_meta for value in model.parameters()) == bool(disk)
+    for one, other in zip(recorded(model, token_ids), whole, strict=True):
+        np.testing.assert_array_equal(one.expert, other.expert)
+        np.testing.assert_allclose(one.weight, other.weight, rtol=0, atol=1e-6)
+    text = ["A text for a model in pieces."]
+    spread = extract(model, text, out=tmp_path / "spread", tokenizer=tokenizer)
+    expected = extract(folder, text, out=tmp_path / "whole")
+    np.testing.assert_array_equal(spread.layer(1).expert, expected.layer(1).expert)
+
+
+def test_device_map_by_itself(folder):
+    pytest.importorskip("accelerate")
+    model, _ = load_model(folder, device_map="auto")
+    assert not any(value.is_meta for value in model.parameters())
+    with pytest.raises(SettingsError, match="device is 'cpu'; it must be None where device_map"):
+        load_model(folder, device="cpu", device_map="auto")
+
+
+def test_device_map_needs_accelerate(folder, monkeypatch):
+    monkeypatch.setattr(loading, "find_spec", lambda _name: None)
+    with pytest.raises(DataError, match="needs accelerate, which is not installed; run pip"):
+        load_model(folder, device_map="auto")

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Bar(Protocol):
@@ -35,6 +38,8 @@ class _Display(Protocol):
 
     def close(self, bar: Bar) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
 
 _display: ContextVar[_Display | None] = ContextVar("moecollab_progress", default=None)
 
@@ -51,6 +56,25 @@ def track(what: str, total: float | None = None) -> Iterator[Bar]:
         yield bar
     finally:
         display.close(bar)
+
+
+def say(text: str) -> None:
+    """One line that stays in view, such as what long work is going to need."""
+    display = _display.get()
+    if display is not None:
+        display.say(text)
+
+
+class _RichBar:
+    def __init__(self, bars: Progress, what: str, total: float | None) -> None:
+        self.bars = bars
+        self.task = bars.add_task(what, total=total, remark="")
+
+    def advance(self, steps: float = 1) -> None:
+        self.bars.advance(self.task, steps)
+
+    def remark(self, text: str) -> None:
+        self.bars.update(self.task, remark=text)
 
 
 @contextmanager
@@ -76,16 +100,6 @@ def show() -> Iterator[None]:
         console=Console(stderr=True),
     )
 
-    class RichBar:
-        def __init__(self, what: str, total: float | None) -> None:
-            self.task = bars.add_task(what, total=total, remark="")
-
-        def advance(self, steps: float = 1) -> None:
-            bars.advance(self.task, steps)
-
-        def remark(self, text: str) -> None:
-            bars.update(self.task, remark=text)
-
     class RichDisplay:
         def __init__(self) -> None:
             self.depth = 0
@@ -93,14 +107,17 @@ def show() -> Iterator[None]:
         def open(self, what: str, total: float | None) -> Bar:
             bars.start()
             self.depth += 1
-            return RichBar(what, total)
+            return _RichBar(bars, what, total)
 
         def close(self, bar: Bar) -> None:
             self.depth -= 1
-            if isinstance(bar, RichBar) and self.depth:
+            if isinstance(bar, _RichBar) and self.depth:
                 bars.remove_task(bar.task)  # a part of other work: only the whole stays in view
-            elif isinstance(bar, RichBar):
+            elif isinstance(bar, _RichBar):
                 bars.stop_task(bar.task)
+
+        def say(self, text: str) -> None:
+            bars.console.print(text, highlight=False, markup=False)
 
     token = _display.set(RichDisplay())
     try:

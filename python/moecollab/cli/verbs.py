@@ -53,6 +53,12 @@ def extract(  # noqa: PLR0913 (one parameter per option)
     batch_size: Batch = 8,
     seed: Seed = 0,
     dtype: Dtype = "auto",
+    layer_by_layer: Annotated[
+        bool, typer.Option("--layer-by-layer", help="Hold one layer at a time: for large models")
+    ] = False,
+    hidden_gb: Annotated[
+        float, typer.Option(help="Gigabytes of hidden states held, layer by layer")
+    ] = 1.0,
     overwrite: Overwrite = False,
 ) -> None:
     """Records which experts a model uses on a text.
@@ -73,6 +79,8 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             batch_size=batch_size,
             seed=seed,
             dtype=dtype,
+            layer_by_layer=layer_by_layer,
+            hidden_gb=hidden_gb,
             overwrite=overwrite,
         )
     _say(f"{out}: {acts!r}")

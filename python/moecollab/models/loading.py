@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,7 +29,13 @@ ModelLike: TypeAlias = nn.Module | str | PathLike[str]
 
 
 def load_model(
-    model: ModelLike, dtype: str = "auto", *, device: str | None = None, moe: bool = True
+    model: ModelLike,
+    dtype: str = "auto",
+    *,
+    device: str | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    offload_folder: str | PathLike[str] | None = None,
+    moe: bool = True,
 ) -> tuple[Any, Any]:
     """A model ready to run, and its tokenizer or None.
 
@@ -41,6 +48,11 @@ def load_model(
         Type of the weights; "auto" is that of the files.
     device : str, optional
         Where to put the weights; CUDA if there is any, else the CPU.
+    device_map : "auto" or mapping of module names to devices, optional
+        Spreads the weights over devices, memory and disk, in place of `device`; by accelerate,
+        which must be installed.
+    offload_folder : path, optional
+        Where weights go that `device_map` puts on disk and that differ from their files.
     moe : bool
         Whether a model without known MoE layers is an error, found before weights are read.
 
@@ -60,12 +72,32 @@ def load_model(
         return model, None
     masked = read_masked(model)
     base = str(model) if masked is None else masked[0]
-    loaded = _load_weights(base, dtype, moe=moe)
+    placed = None if device_map is None else _placement(device_map, device, offload_folder)
+    loaded = _load_weights(base, dtype, moe=moe, **(placed or {}))
     check_finite(loaded)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if placed is None:
+        loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if masked is not None:
         Mask(loaded, masked[1])
     return loaded.eval(), load_tokenizer(base)
+
+
+def _placement(
+    device_map: str | Mapping[str, int | str],
+    device: str | None,
+    offload_folder: str | PathLike[str] | None,
+) -> dict[str, Any]:
+    """What the loader of transformers is told about devices."""
+    if device is not None:
+        raise SettingsError("device", device, "None where device_map is given")
+    if find_spec("accelerate") is None:
+        raise DataError(
+            "device_map needs accelerate, which is not installed; run pip install accelerate, or "
+            "leave device_map out"
+        )
+    placed = device_map if isinstance(device_map, str) else dict(device_map)
+    folder = None if offload_folder is None else str(offload_folder)
+    return {"device_map": placed, "offload_folder": folder}
 
 
 def load_tokenizer(path: str) -> Any | None:  # noqa: ANN401 (transformers is untyped)
@@ -83,16 +115,25 @@ def load_tokenizer(path: str) -> Any | None:  # noqa: ANN401 (transformers is un
 def check_finite(model: nn.Module) -> None:
     """Raises DataError if a weight is NaN or infinite, naming it and so its layer."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if value.is_meta or not value.is_floating_point():
-            continue
-        tensor = value.detach().float() if value.dtype.itemsize == 1 else value.detach()
-        # A number that is not finite always shows in the sum, which is cheap; a finite sum may
-        # overflow, hence the second look.
-        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-            raise DataError(
-                f"weight {name} holds NaN or infinite values; the checkpoint is damaged: "
-                "download or save it again"
-            )
+        check_tensor(name, value)
+
+
+def check_tensor(name: str, value: torch.Tensor) -> None:
+    """Raises DataError if a tensor in memory is of floating point and not finite."""
+    if value.is_meta or not value.is_floating_point() or not _plain_numbers(value):
+        return
+    tensor = value.detach().float() if value.dtype.itemsize == 1 else value.detach()
+    # Both ends are NaN if any value is; this reads once and takes no memory.
+    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):
+        raise DataError(
+            f"weight {name} holds NaN or infinite values; the checkpoint is damaged: "
+            "download or save it again"
+        )
+
+
+def _plain_numbers(value: torch.Tensor) -> bool:
+    """Whether a tensor holds its values as they are; quantisers bring types of their own."""
+    return type(value.detach()) is torch.Tensor
 
 
 def digest_model(model: nn.Module) -> str:
@@ -101,15 +142,26 @@ def digest_model(model: nn.Module) -> str:
     Up to 4,096 evenly spaced values of each tensor take part, so that the time does not grow with
     the model; a change that misses all of them is not seen.
     """
+    tensors = model.state_dict().items()
+    return digest_parts(model, {name: digest_tensor(value) for name, value in tensors})
+
+
+def digest_tensor(value: torch.Tensor) -> str:
+    """Shape, dtype and digest of sampled values of one tensor of a model."""
+    flat = value.detach().reshape(-1)
+    step = max(1, flat.numel() // _SAMPLED)
+    unread = value.is_meta or not _plain_numbers(value)
+    sampled = b"" if unread else flat[::step].float().cpu().numpy().tobytes()
+    return f"{tuple(value.shape)} {value.dtype} {digest_bytes(sampled)}"
+
+
+def digest_parts(model: nn.Module, tensors: dict[str, str]) -> str:
+    """Digest of a model's configuration and the digests of all its tensors, by name."""
     config: dict[str, Any] = vars(model)["config"].to_dict() if "config" in vars(model) else {}
     for volatile in ("_name_or_path", "transformers_version", "dtype"):
         config.pop(volatile, None)
     parts = [digest_json(_plain(config))]
-    for name, value in sorted(model.state_dict().items()):
-        flat = value.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLED)
-        sampled = b"" if value.is_meta else flat[::step].float().cpu().numpy().tobytes()
-        parts.append(f"{name} {tuple(value.shape)} {value.dtype} {digest_bytes(sampled)}")
+    parts += [f"{name} {tensor}" for name, tensor in sorted(tensors.items())]
     return digest_bytes("\n".join(parts).encode())
 
 
@@ -124,20 +176,25 @@ def _plain(value: object) -> object:
     return repr(value)
 
 
-def _load_weights(path: str, dtype: str, *, moe: bool) -> Any:  # noqa: ANN401
+def open_config(path: str, *, moe: bool) -> Any:  # noqa: ANN401 (transformers is untyped)
+    """The configuration of a folder or hub model, whose family is known if `moe` is asked for."""
     folder = Path(path)
     if not folder.exists() and (path.count("/") > 1 or path.startswith(("/", ".", "~"))):
         raise DataError(f"{path} does not exist; give the folder of a model or its hub name")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise DataError(f"{path} holds no config.json; give the folder of a transformers model")
-    with _explained(path):
+    with explained(path):
         config = _config(path)
     if moe:
-        with torch.device("meta"):
-            find_moe_layers(_skeleton(config))
-    with _explained(path), quiet():
+        find_moe_layers(skeleton(config))
+    return config
+
+
+def _load_weights(path: str, dtype: str, *, moe: bool, **placed: Any) -> Any:  # noqa: ANN401
+    open_config(path, moe=moe)
+    with explained(path), quiet():
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed
         )
     missing = sorted(report["missing_keys"])
     if missing:
@@ -161,16 +218,16 @@ def _config(path: str) -> Any:  # noqa: ANN401 (transformers is untyped)
         raise
 
 
-def _skeleton(config: Any) -> nn.Module:  # noqa: ANN401
-    """The model of a configuration, without weights when made on the meta device."""
+def skeleton(config: Any, **settings: Any) -> Any:  # noqa: ANN401
+    """The model of a configuration without weights, on the meta device."""
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **settings)
     except ValueError as cause:
         raise DataError(
             f"{type(config).__name__} is not the configuration of a causal language model; "
             "choose a model that generates text"
         ) from cause
-    return model
 
 
 @contextmanager
@@ -186,10 +243,12 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(path: str) -> Iterator[None]:
+def explained(path: str) -> Iterator[None]:
     """Turns errors of the loader into DataError with one sentence."""
     try:
         yield
+    except DataError:
+        raise
     except SafetensorError as cause:
         raise DataError(
             f"the weights in {path} are truncated or damaged ({cause}); download or save them again"

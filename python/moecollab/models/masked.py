@@ -7,7 +7,8 @@ pruned model; nothing is copied but the router rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -55,10 +56,7 @@ class Mask:
 
     def _mask_layer(self, layer: MoeLayer, kept: Sequence[int]) -> None:
         self._changes += slice_router(layer, kept)
-        hook = _IdMap(kept, layer.n_experts)
-        # First of all hooks, so that whoever watches the container sees the original ids.
-        handle = layer.experts.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-        self._handles.append(handle)
+        self._handles.append(_map_ids(layer, kept))
 
     def remove(self) -> None:
         """Restores the very tensors the model had; a second call does nothing."""
@@ -83,6 +81,25 @@ class Mask:
         kept = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         state = "on" if self._handles else "removed from"
         return f"Mask({kept} of {self.keep.n_experts} experts, {state} {type(self.model).__name__})"
+
+
+@contextmanager
+def layer_masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
+    """Masks one layer, whose weights must be there, while the block runs."""
+    changes = slice_router(layer, kept)
+    handle = _map_ids(layer, kept)
+    try:
+        yield
+    finally:
+        handle.remove()
+        undo(changes)
+
+
+def _map_ids(layer: MoeLayer, kept: Sequence[int]) -> RemovableHandle:
+    """Gives the experts the original ids of the kept ones that a cut router names."""
+    hook = _IdMap(kept, layer.n_experts)
+    # First of all hooks, so that whoever watches the container sees the original ids.
+    return layer.experts.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
 
 class _IdMap:

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import digest_bytes, manifest, refuse_existing
-from moecollab.models.loading import ModelLike, digest_model, load_model
+from moecollab.models.loading import ModelLike, load_model, load_tokenizer
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
+from moecollab.models.streamed import StreamedModel
 from moecollab.progress import Bar, track
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.corpus import Corpus, Source, read_corpus
+from moecollab.record.layerwise import LayerReader
+from moecollab.record.reading import Listen, Piece, Reader, WholeReader, cut_batches
 from moecollab.record.recorder import Recorder, Routing
 from moecollab.record.schema import KIND, VERSION
 from moecollab.record.shards import Arrays, ShardStore, merge_shards
 from moecollab.record.sums import GROUPS, names_of
 from moecollab.record.tallies import Tallies
 from moecollab.record.tallying import Tokens, tally
-from moecollab.record.windows import (
-    Sample,
-    Window,
-    cut_windows,
-    group_batches,
-    group_shards,
-    select_samples,
-)
+from moecollab.record.windows import Sample, group_shards, select_samples
 
-_FIELDS = ("expert", "weight", "norm", "peak", "channel")
 _FROM_OUTPUTS = ("shift", "channels")
 
 
@@ -99,6 +94,8 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     batch_size: int = 8,
     seed: int = 0,
     dtype: str = "auto",
+    layer_by_layer: bool = False,
+    hidden_gb: float = 1.0,
     overwrite: bool = False,
     tokenizer: Any = None,  # noqa: ANN401 (transformers is untyped)
 ) -> Activations:
@@ -133,6 +130,14 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         Seed of the choice of documents under a limit.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type the weights are loaded in; "auto" is that of the files.
+    layer_by_layer : bool
+        Whether only one decoder layer of a model on disk is held in memory at a time, for models
+        larger than memory. The text goes through one layer after the other; what is recorded is
+        the same to rounding.
+    hidden_gb : float
+        With `layer_by_layer`, gigabytes of hidden states and routing that are held in memory. More
+        text than fits is read in several rounds over the weights; where not even about 8,192
+        tokens fit, their hidden states are written to disk.
     overwrite : bool
         Whether `out` may be replaced.
     tokenizer : optional
@@ -144,7 +149,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         When the text is empty, a file is damaged, or the model's weights or activations are not
         finite.
     UnsupportedModelError
-        When the model is dense or its family is not known.
+        When the model is dense or its family is not known, or it does not run layer by layer.
     OutputExistsError
         When `out` is there and `overwrite` is false.
     StaleInputError
@@ -162,23 +167,37 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     target = Path(out)
     refuse_existing(target, overwrite=overwrite)
     text = read_corpus(corpus)
-    loaded, found = load_model(model, dtype)
-    reader = tokenizer or found
-    if reader is None:
+    reader, found = _open(model, dtype, settings, hidden_gb if layer_by_layer else None)
+    speller = tokenizer or found
+    if speller is None:
         raise DataError("there is no tokenizer for this model; pass tokenizer=")
-    run = _Run(loaded, reader, settings)
+    run = _Run(reader, speller, settings)
     samples = select_samples(text, run.tokenize, limit=tokens, seed=seed)
-    about = run.manifest(text, model)
-    # Another tokenizer or another choice of documents gives other tokens, so other shards.
-    about["inputs"]["tokens"] = digest_bytes(b"".join(sample.ids.tobytes() for sample in samples))
-    was_training = loaded.training
-    loaded.eval()
-    try:
+    reader.announce(_lengths(_shards(samples)), run.positions(samples))
+    with reader:
+        about = run.manifest(text, model)
+        # Another tokenizer or another choice of documents gives other tokens, so other shards.
+        ids = b"".join(sample.ids.tobytes() for sample in samples)
+        about["inputs"]["tokens"] = digest_bytes(ids)
         with ShardStore(target, about, overwrite) as store:
             _record(run, samples, store)
-    finally:
-        loaded.train(was_training)
     return load_activations(target)
+
+
+def _open(
+    model: ModelLike, dtype: str, settings: Settings, hidden_gb: float | None
+) -> tuple[Reader, Any]:
+    """The model, whole or layer by layer if there are gigabytes for that; its tokenizer or None."""
+    if hidden_gb is None:
+        loaded, tokenizer = load_model(model, dtype)
+        return WholeReader(loaded), tokenizer
+    if isinstance(model, nn.Module):
+        raise SettingsError(
+            "layer_by_layer", True, "False for a model that is loaded; give its folder instead"
+        )
+    streamed = StreamedModel(model, dtype)
+    reader = LayerReader(streamed, hidden_gb=hidden_gb, channels="channels" in settings.collect)
+    return reader, load_tokenizer(streamed.path)
 
 
 def collected(asked: str | Sequence[str]) -> tuple[str, ...]:
@@ -207,16 +226,16 @@ def collected(asked: str | Sequence[str]) -> tuple[str, ...]:
 def _record(run: _Run, samples: Sequence[Sample], store: ShardStore) -> None:
     """Records what is not recorded yet, shard by shard, and puts the result in its place."""
     domains = sorted({sample.document.domain for sample in samples})
-    shards = group_shards(samples)
+    shards = _shards(samples)
     total: Tallies | None = None
+    new: set[int] = set()
     with track("extract", sum(len(sample.ids) for sample in samples)) as bar:
-        for number, shard in enumerate(shards):
-            part = [samples[index] for index in shard]
+        for number, part in enumerate(shards):
             arrays = store.read(number)
             if arrays is None:
-                arrays = run.shard(part, domains, bar)
-                store.write(number, arrays)
-            else:
+                new |= run.fill(number, shards, domains, store, bar)
+                arrays = store.read_whole(number)
+            elif number not in new:
                 bar.advance(sum(len(sample.ids) for sample in part))
             added = run.tallies(domains, arrays)
             total = added if total is None else total.merge(added)
@@ -225,17 +244,28 @@ def _record(run: _Run, samples: Sequence[Sample], store: ShardStore) -> None:
     merge_shards(store, len(shards), samples, total, run.vocabulary(samples))
 
 
+def _shards(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The samples of each shard."""
+    return [[samples[index] for index in shard] for shard in group_shards(samples)]
+
+
+def _lengths(shards: Sequence[Sequence[Sample]]) -> list[int]:
+    """Tokens of each shard."""
+    return [sum(len(sample.ids) for sample in shard) for shard in shards]
+
+
 class _Run:
     """A model with its tokenizer and settings, ready to read samples."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, settings: Settings) -> None:  # noqa: ANN401
-        self.model: Any = model
+    def __init__(self, reader: Reader, tokenizer: Any, settings: Settings) -> None:  # noqa: ANN401
+        self.reader = reader
+        self.model: Any = reader.model
         self.tokenizer = tokenizer
         self.settings = settings
-        self.layers: list[MoeLayer] = find_moe_layers(model)
+        self.layers: list[MoeLayer] = find_moe_layers(self.model)
         self.n_experts = max(layer.n_experts for layer in self.layers)
         self.top_k = max(layer.top_k for layer in self.layers)
-        self.config = text_config(model)
+        self.config = text_config(self.model)
         longest = getattr(self.config, "max_position_embeddings", None) or settings.context
         self.context = min(settings.context, int(longest))
 
@@ -251,7 +281,7 @@ class _Run:
             settings=asdict(self.settings)
             | {"context": self.context, "dtype": self._dtype()}
             | {"collect": list(self.settings.collect)},
-            inputs={"model": digest_model(self.model), "corpus": corpus.digest},
+            inputs={"model": self.reader.digest(), "corpus": corpus.digest},
             seed=self.settings.seed,
         )
         given = self.model.name_or_path if isinstance(model, nn.Module) else str(model)
@@ -271,20 +301,38 @@ class _Run:
     def _dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
 
-    def shard(self, samples: Sequence[Sample], domains: Sequence[str], bar: Bar) -> Arrays:
+    def positions(self, samples: Sequence[Sample]) -> int:
+        """Most tokens that the model reads at once."""
+        return min(max(len(one.ids) for one in samples), self.context) * self.settings.batch_size
+
+    def fill(
+        self,
+        number: int,
+        shards: Sequence[Sequence[Sample]],
+        domains: Sequence[str],
+        store: ShardStore,
+        bar: Bar,
+    ) -> set[int]:
+        """Records a shard, and of those after it what is missing and read together with it."""
+        missing = [number]
+        for other in range(number + 1, len(shards)):
+            if not store.has(other):
+                missing.append(other)
+        missing = missing[: self.reader.group(_lengths([shards[one] for one in missing]))]
+        tokens = {one: Tokens.of(shards[one], domains) for one in missing}
+        columns = {one: self._empty(len(tokens[one].domain)) for one in missing}
+        pieces = [
+            Piece(batch, columns[one], tokens[one].domain[batch.rows])
+            for one in missing
+            for batch in cut_batches(shards[one], self.context, self.settings.batch_size)
+        ]
+        self.reader.record(pieces, self._listen(len(domains)), bar, store.folder / "hidden")
+        for one in missing:
+            store.write(one, self.arrays(tokens[one], domains, columns.pop(one)))
+        return set(missing)
+
+    def arrays(self, tokens: Tokens, domains: Sequence[str], merged: list[Routing]) -> Arrays:
         """Arrays of one shard: every layer's columns and the shard's tallies."""
-        windows = cut_windows(samples, self.context)
-        first = np.cumsum([0, *(len(window.ids) for window in windows)])
-        merged = self._empty(int(first[-1]))
-        tokens = Tokens.of(samples, domains)
-        with self._recorder(len(domains)) as recorder:
-            for batch in group_batches(windows, self.settings.batch_size):
-                rows = np.concatenate([np.arange(first[n], first[n + 1]) for n in batch])
-                found = self._forward(
-                    recorder, [windows[number] for number in batch], tokens.domain[rows]
-                )
-                merged = [_fill(layer, rows, one) for layer, one in zip(merged, found, strict=True)]
-                bar.advance(len(rows))
         sums = tally(domains, tokens, merged, self.n_experts, self.settings.groups)
         arrays: Arrays = {f"tally.{name}": value for name, value in sums.arrays.items()}
         for place, columns in zip(self.layers, merged, strict=True):
@@ -292,14 +340,16 @@ class _Run:
                 arrays[f"{name}.{place.layer}"] = getattr(columns, name)
         return arrays
 
-    def _recorder(self, n_domains: int) -> Recorder:
+    def _listen(self, n_domains: int) -> Listen:
+        """Makes recorders of what is asked for."""
         collect = self.settings.collect
-        return Recorder(
-            self.layers,
+        return partial(
+            Recorder,
             norms=self.settings.norms,
             channels="channels" in collect,
             shift=self.model if "shift" in collect else None,
             n_domains=n_domains,
+            n_experts=self.n_experts,
         )
 
     def tallies(self, domains: Sequence[str], arrays: Arrays) -> Tallies:
@@ -323,30 +373,6 @@ class _Run:
 
         return [layer() for _ in self.layers]
 
-    def _forward(
-        self, recorder: Recorder, windows: Sequence[Window], domain: NDArray[np.int64]
-    ) -> list[Routing]:
-        """Routing of the windows' tokens, one window after the other."""
-        longest = max(len(window.ids) for window in windows)
-        ids = np.zeros((len(windows), longest), np.int64)
-        real = np.zeros((len(windows), longest), np.bool_)
-        for row, window in enumerate(windows):
-            ids[row, : len(window.ids)] = window.ids
-            real[row, : len(window.ids)] = True
-        device = self.model.device
-        mask = torch.from_numpy(real).to(device)
-        domains = np.zeros(real.shape, np.int64)
-        domains[real] = domain
-        recorder.begin(mask.reshape(-1), torch.from_numpy(domains.reshape(-1)))
-        with torch.inference_mode():
-            # The base model, because nobody reads the logits here.
-            self.model.base_model(
-                input_ids=torch.from_numpy(ids).to(device),
-                attention_mask=mask.long(),
-                use_cache=False,
-            )
-        return recorder.take(mask.reshape(-1))
-
     def vocabulary(self, samples: Sequence[Sample]) -> dict[int, str]:
         """Text of every token id that occurs, by id."""
         occurring = np.unique(np.concatenate([sample.ids for sample in samples]))
@@ -361,14 +387,3 @@ class _Run:
         # Sentence-piece tokenizers drop the space before a first token.
         spaced = name.startswith("\u2581") and not text.startswith(" ")
         return f" {text}" if spaced else text
-
-
-def _fill(layer: Routing, rows: NDArray[np.int64], routing: Routing) -> Routing:
-    """A layer's columns with a batch's rows; fewer slots than columns leave zeros."""
-    for name in _FIELDS:
-        column, value = getattr(layer, name), getattr(routing, name)
-        if column is not None and value is not None:
-            column[rows, : value.shape[1]] = value
-    if layer.shift is not None and routing.shift is not None:
-        layer.shift[rows] = routing.shift
-    return replace(layer, sums=routing.sums)

@@ -77,6 +77,8 @@ class Recorder:
         The model, when it shall be recorded how far the experts turn its residual stream.
     n_domains : int
         Domains to sum apart.
+    n_experts : int, optional
+        Experts of each domain in the sums; the most of any of these layers if None.
     """
 
     def __init__(
@@ -87,9 +89,10 @@ class Recorder:
         channels: bool = False,
         shift: nn.Module | None = None,
         n_domains: int = 1,
+        n_experts: int | None = None,
     ) -> None:
         self._batch = _Batch()
-        n_experts = max(layer.n_experts for layer in layers)
+        n_experts = n_experts or max((layer.n_experts for layer in layers), default=0)
         self._watches = []
         for layer in layers:
             reader = OutputReader(n_domains * n_experts, channels=channels) if norms else None

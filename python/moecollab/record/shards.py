@@ -132,6 +132,19 @@ class ShardStore:
         except (SafetensorError, OSError):
             return None
 
+    def has(self, number: int) -> bool:
+        """Whether a shard seems to be done."""
+        return self._path(number).exists()
+
+    def read_whole(self, number: int) -> Arrays:
+        """Arrays of a shard that was written just now."""
+        arrays = self.read(number)
+        if arrays is None:
+            raise DataError(
+                f"shard {number} of {self.folder} vanished while it was in use; run extract again"
+            )
+        return arrays
+
     def write(self, number: int, arrays: Arrays) -> None:
         """Writes a shard whole or not at all."""
         write_bytes(self._path(number), save(arrays), overwrite=True)
