@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moecollab.models.routing import Call, MoeLayer
+from moecollab.models.special import ScaledInputCapture, SortedCapture
 
 
 class Listener(Protocol):
@@ -58,6 +59,7 @@ class ContainerCapture:
     """
 
     def __init__(self, layer: MoeLayer, listener: Listener, *, outputs: bool) -> None:
+        self.layer = layer
         self.experts = layer.experts
         self.listener = listener
         self.wants_outputs = outputs
@@ -84,9 +86,13 @@ class ContainerCapture:
         hidden = call.hidden.reshape(-1, call.hidden.shape[-1])  # (n_positions, hidden)
         ones = torch.ones_like(call.weights).reshape(-1, 1)
         expanded = call.with_values(
-            hidden.repeat_interleave(top_k, dim=0), call.ids.reshape(-1, 1), ones
+            hidden.repeat_interleave(top_k, dim=0), *self._one_each(call.ids.reshape(-1, 1), ones)
         )
         return expanded.args, expanded.kwargs
+
+    def _one_each(self, ids: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and weights of a call in which each row runs through one expert."""
+        return ids, ones
 
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.call is None:
@@ -101,6 +107,21 @@ class ContainerCapture:
         return total.reshape(*call.hidden.shape[:-1], output.shape[-1])
 
 
+class IdentityCapture(ContainerCapture):
+    """Hooks on a container with identity experts, which must get two slots a row or more.
+
+    LongCat-Flash's loop over experts fails on rows of one slot, so every row gets a second slot of
+    weight 0: the first identity expert, which costs nothing, or the same expert where there is
+    none. The weighted sum holds what identity experts add.
+    """
+
+    def _one_each(self, ids: Tensor, ones: Tensor) -> tuple[Tensor, Tensor]:
+        n_experts = self.layer.n_experts
+        has_identity = getattr(self.experts, "total_experts", n_experts) > n_experts
+        second = torch.full_like(ids, n_experts) if has_identity else ids
+        return torch.cat([ids, second], dim=1), torch.cat([ones, torch.zeros_like(ones)], dim=1)
+
+
 def _weighted(slots: Tensor, weights: Tensor) -> Tensor:
     """Slots times weights; in the memory of the slots, which nobody else has, where that fits."""
     if torch.result_type(slots, weights) == slots.dtype and not slots.requires_grad:
@@ -108,7 +129,12 @@ def _weighted(slots: Tensor, weights: Tensor) -> Tensor:
     return slots * weights
 
 
-CAPTURES: dict[str, Callable[..., Capture]] = {"container": ContainerCapture}
+CAPTURES: dict[str, Callable[..., Capture]] = {
+    "container": ContainerCapture,
+    "identity": IdentityCapture,
+    "scaled_input": ScaledInputCapture,
+    "sorted": SortedCapture,
+}
 """Ways of listening, by the name that a layout gives them."""
 
 
