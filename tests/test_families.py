@@ -5,8 +5,14 @@ import torch
 
 import zoo
 from expert_twin import Heard, Spy, one_expert, routed_sum
+from moecollab.errors import UnsupportedModelError
 from moecollab.models.capture import capture
+from moecollab.models.keep import Keep
+from moecollab.models.layout import BUILT_IN
+from moecollab.models.masked import Mask
+from moecollab.models.registry import layout_of
 from moecollab.models.routing import find_moe_layers, text_config
+from moecollab.pruning.pruning import prune
 from moecollab.record.recorder import Recorder
 
 SPREAD = (
@@ -152,3 +158,57 @@ def first(output):
     """The hidden states of a block's output, flattened."""
     found = output[0] if isinstance(output, tuple) else output
     return found.detach().reshape(-1, found.shape[-1]).clone()
+
+
+def keep_of(layers):
+    """Two of eight experts go; with four groups of two, none can."""
+    router = layers[0].router
+    limited = getattr(router, "topk_method", "") != "greedy"
+    gone = set() if limited and getattr(router, "num_group", 1) == 4 else {1, 4}
+    kept = tuple(expert for expert in range(layers[0].n_experts) if expert not in gone)
+    return Keep({layer.layer: kept for layer in layers}, layers[0].n_experts, layers[0].top_k)
+
+
+def test_masked_equals_pruned_or_says_why_not(model, name):
+    layers, inputs = find_moe_layers(model), zoo.batch()
+    layout, keep = layers[0].layout, keep_of(layers)
+    full = zoo.output_of(model, inputs)
+    if layout.fixed:
+        with pytest.raises(UnsupportedModelError, match="cannot be masked or cut yet"):
+            Mask(model, keep)
+        return
+    with Mask(model, keep):
+        masked = zoo.output_of(model, inputs)
+        heard, _ = listened(layers, model, inputs)
+        for layer, one in zip(layers, heard, strict=True):
+            used = one.ids[(one.weights != 0) & (one.ids < layer.n_experts)]
+            assert set(used.unique().tolist()) <= set(keep.keep[layer.layer])
+    assert torch.equal(zoo.output_of(model, inputs), full)
+    if layout.uncut:
+        with pytest.raises(UnsupportedModelError, match="cannot be cut yet"):
+            prune(model, keep)
+        return
+    pruned = zoo.output_of(prune(model, keep), inputs)
+    torch.testing.assert_close(pruned, masked, rtol=0, atol=1e-5)
+
+
+def test_pruned_model_is_loaded_as_it_was_saved(model, name, tmp_path):
+    layers, inputs = find_moe_layers(model), zoo.batch()
+    if layers[0].layout.fixed or layers[0].layout.uncut:
+        pytest.skip("cannot be cut")
+    pruned = prune(model, keep_of(layers), out=tmp_path / "pruned")
+    before = zoo.output_of(pruned, inputs)
+    again = type(pruned).from_pretrained(tmp_path / "pruned").eval()
+    torch.testing.assert_close(zoo.output_of(again, inputs), before, rtol=0, atol=5e-6)
+
+
+def test_every_layout_is_tried():
+    tried = {layout_of(zoo.make_config(name).model_type, name).family for name in available()}
+    # `step3p7` is the name of the whole model, whose text part is called otherwise.
+    assert set(BUILT_IN) - tried <= {"step3p7"} | {
+        name.partition("/")[0].removesuffix("_text") for name in zoo.ZOO if zoo.missing(name)
+    }
+
+
+def available():
+    return [name for name in zoo.ZOO if not zoo.missing(name)]

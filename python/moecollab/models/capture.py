@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moecollab.models.expert_modules import ModulesCapture
 from moecollab.models.routing import Call, MoeLayer
 from moecollab.models.special import ScaledInputCapture, SortedCapture
 
@@ -134,6 +135,7 @@ CAPTURES: dict[str, Callable[..., Capture]] = {
     "identity": IdentityCapture,
     "scaled_input": ScaledInputCapture,
     "sorted": SortedCapture,
+    "modules": ModulesCapture,
 }
 """Ways of listening, by the name that a layout gives them."""
 

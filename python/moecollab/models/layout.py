@@ -172,6 +172,8 @@ _NAMED = [
         count="num_local_experts",
         rows=("router.weight", "router.bias"),
         router="router",
+        scale="num_experts",
+        remark="weights are shares of 1 / top_k, undone after the sum: the layer's `scale`",
     ),
     Layout(
         family="ernie4_5_moe",

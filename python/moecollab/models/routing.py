@@ -20,7 +20,8 @@ from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.models.layout import CONFIG_COUNTS, Layout
 from moecollab.models.registry import layout_of
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+"""Types of expert ids."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ class Call:
         """Tells the arguments apart by dtype and order."""
         found: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         tensors = [(key, value) for key, value in found if isinstance(value, Tensor)]
-        ids = [key for key, value in tensors if value.dtype in _INTEGERS]
+        ids = [key for key, value in tensors if value.dtype in INTEGERS]
         floats = [key for key, value in tensors if value.is_floating_point()]
         if len(ids) != 1 or len(floats) != 2:
             raise UnsupportedModelError(
