@@ -1,10 +1,13 @@
 """What is recorded of every family is what its experts were given, and what they gave."""
 
+import json
+
 import pytest
 import torch
 
 import zoo
 from expert_twin import Heard, Spy, one_expert, routed_sum
+from make_docs import MEASURED
 from moecollab.errors import UnsupportedModelError
 from moecollab.models.capture import capture
 from moecollab.models.keep import Keep
@@ -94,6 +97,7 @@ def test_recorded_routing_recomputes_the_sum(model, name, implementation):
 
 def check_layer(layer, config, spy, heard):
     assert heard.calls == 1
+    assert spy.output.std() > 0.02, "experts that add nothing show nothing"
     assert heard.ids.shape == heard.weights.shape == (24, layer.top_k)
     close = {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(routed_sum(layer, config, spy.hidden, heard), spy.output, **close)
@@ -208,6 +212,13 @@ def test_every_layout_is_tried():
     assert set(BUILT_IN) - tried <= {"step3p7"} | {
         name.partition("/")[0].removesuffix("_text") for name in zoo.ZOO if zoo.missing(name)
     }
+
+
+def test_measurements_are_of_every_family():
+    found = json.loads(MEASURED.read_text())["families"]
+    assert set(found) == set(BUILT_IN) - {"step3p7"}
+    assert len(found) == 68
+    assert all(one["error"] <= 1e-5 for one in found.values())
 
 
 def available():

@@ -18,12 +18,11 @@ from moecollab.models.capture import capture
 from moecollab.models.expert_modules import _row_keys
 from moecollab.models.keep import Keep
 from moecollab.models.layout import Layout
+from moecollab.models.loading import load_model
 from moecollab.models.masked import Mask
 from moecollab.models.registry import register_layout, unregister_layout
 from moecollab.models.routing import find_moe_layers
 from moecollab.pruning.pruning import prune
-from moecollab.record.activations import load_activations
-from moecollab.record.extraction import extract
 from moecollab.record.recorder import Recorder
 
 REMOTE = Path(__file__).parent / "remote"
@@ -120,14 +119,22 @@ def test_masked_equals_pruned_equals_reloaded(folder, tmp_path):
 
 
 def test_extract_takes_the_loaded_model(folder, tmp_path):
-    extract(
-        load(folder),
-        [{"text": "Owls hunt at night. " * 3}, {"text": "Habeas corpus."}],
-        out=tmp_path / "acts",
-        tokenizer=models.build_tokenizer(),
-    )
-    acts = load_activations(tmp_path / "acts")
+    texts = [{"text": "Owls hunt at night. " * 3}, {"text": "Habeas corpus."}]
+    acts = registers.record(folder, texts, models.build_tokenizer(), tmp_path / "acts")
     assert list(acts.layers) == [1, 2]
+
+
+def test_code_is_not_run_unasked(folder):
+    with pytest.raises(DataError, match="brings its own code, which is not run unasked; load it"):
+        load_model(folder)
+
+
+def test_unknown_family_of_remote_code_says_how_to_add_it(tmp_path):
+    folder = save(tmp_path / "model", "sorted")
+    with pytest.raises(UnsupportedModelError, match=r"register_layout.*docs/models.md"):
+        load_model(folder)
+    with pytest.raises(UnsupportedModelError, match="register_layout"):
+        find_moe_layers(load(folder))
 
 
 @pytest.mark.parametrize("dispatch", ["looped"], indirect=True)

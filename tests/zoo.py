@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 N_EXPERTS = 8
@@ -270,8 +270,6 @@ def build(name: str, *, seed: int = 0, **changes: Any) -> Any:
 
 def _class_of(name: str, config: Any) -> Any:
     """A function that makes the model of a configuration, with a head where there is one."""
-    from transformers import AutoModel  # noqa: PLC0415
-
     place = _MODELS.get(name.partition("/")[0])
     if place is not None:
         module, _, name = place.rpartition(".")

@@ -1,5 +1,8 @@
 """Layouts for a family of remote code whose experts are modules."""
 
+from transformers import AutoModelForCausalLM
+
+import moecollab as mc
 from moecollab.models.layout import Layout
 from moecollab.models.registry import register_layout
 
@@ -35,3 +38,9 @@ def register_looped():
             routing=choose,
         )
     )
+
+
+def record(folder, texts, tokenizer, out):
+    """Activations of a model that brings its own code; that is run only because you say so."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    return mc.extract(model, texts, tokenizer=tokenizer, out=out)

@@ -57,9 +57,7 @@ class ModulesCapture:
             self.keys = _row_keys(args[0].detach())
         self.listener.routing(self.ids, self.weights.float())
 
-    def _ran(
-        self, number: int, _module: nn.Module, args: tuple[Any, ...], output: Tensor
-    ) -> None:
+    def _ran(self, number: int, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         given = args[0].detach()
         self.rows[number] = self.rows.get(number, 0) + given.shape[:-1].numel()
         if self.wants_outputs and self.rows[number]:

@@ -1,8 +1,8 @@
 """Where routers and experts live in each model family: data, one row per family.
 
-Most routed experts are containers called with ``(hidden_states, top_k_index, top_k_weights)``, which
-says all that recording needs; a layout names the families that do otherwise. It also says what must
-be cut, in the router and in the container, when experts go.
+Most routed experts are containers called with ``(hidden_states, top_k_index, top_k_weights)``,
+which says all that recording needs; a layout names the families that do otherwise. It also says
+what must be cut, in the router and in the container, when experts go.
 """
 
 from __future__ import annotations
@@ -295,3 +295,10 @@ BUILT_IN: dict[str, Layout] = {
     layout.family: layout for layout in (*_PLAIN, *_BIASED, *_SCALED, *_ROUTED, *_NAMED, *_SPECIAL)
 }
 """The layouts that come with the package, by family."""
+
+REFUSED: dict[str, str] = {
+    "doge": "its experts are rows of embeddings that are looked up by product keys, not networks",
+    "switch_transformers": "it is an encoder and decoder, and drops tokens past a capacity",
+    "nllb-moe": "it is an encoder and decoder, and drops tokens past a capacity",
+}
+"""Families of transformers that route, and why they cannot be recorded."""

@@ -11,7 +11,12 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -136,7 +141,7 @@ def _load_weights(path: str, dtype: str, *, moe: bool) -> Any:  # noqa: ANN401
         with torch.device("meta"):
             find_moe_layers(_skeleton(config))
     with _explained(path), quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(config).from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     missing = sorted(report["missing_keys"])
@@ -152,19 +157,32 @@ def _load_weights(path: str, dtype: str, *, moe: bool) -> Any:  # noqa: ANN401
 def _config(path: str) -> Any:  # noqa: ANN401 (transformers is untyped)
     """The configuration of a model; one that transformers does not know is our own error."""
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError):
         file = Path(path) / "config.json"
-        named = read_json(file).get("model_type") if file.is_file() else None
+        found = read_json(file) if file.is_file() else {}
+        named = found.get("model_type")
         if isinstance(named, str) and named not in CONFIG_MAPPING:
             layout_of(named, f"the model in {path}")
+        if "auto_map" in found:
+            raise DataError(
+                f"{path} brings its own code, which is not run unasked; load it with "
+                "AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True) and pass the model"
+            ) from None
         raise
+
+
+def _auto_class(config: Any) -> Any:  # noqa: ANN401
+    """What builds the model of a configuration: with text alone or, if it must be, images."""
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    seeing = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if seeing and not known else AutoModelForCausalLM
 
 
 def _skeleton(config: Any) -> nn.Module:  # noqa: ANN401
     """The model of a configuration, without weights when made on the meta device."""
     try:
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = _auto_class(config).from_config(config)
     except ValueError as cause:
         raise DataError(
             f"{type(config).__name__} is not the configuration of a causal language model; "

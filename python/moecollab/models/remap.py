@@ -1,4 +1,4 @@
-"""Original experts for a router whose rows were cut: what a mask puts between router and experts."""
+"""From the experts that a cut router knows to those of the layer: the other half of a mask."""
 
 from __future__ import annotations
 

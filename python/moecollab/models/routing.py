@@ -99,20 +99,24 @@ def _blocks(model: nn.Module, layout: Layout, config: Any) -> list[str]:  # noqa
             holder = re.split(r"(?:^|\.)\d+(?:\.|$)", block)[0].rpartition(".")[0]
             found.setdefault(holder, []).append(block)
     if len(found) > 1:  # vision or speech experts beside those of the text
-        own = {holder: blocks for holder, blocks in found.items() if _is_text(model, holder, config)}
+        own = {
+            holder: blocks for holder, blocks in found.items() if _is_text(model, holder, config)
+        }
         found = own or found
     return [block for blocks in found.values() for block in blocks]
 
 
 def _holds_experts(module: nn.Module, layout: Layout) -> bool:
     """Whether a module of the right name is what the layout says."""
-    return takes_routing(module) if layout.container else next(module.parameters(), None) is not None
+    return (
+        takes_routing(module) if layout.container else next(module.parameters(), None) is not None
+    )
 
 
 def _is_text(model: nn.Module, holder: str, config: Any) -> bool:  # noqa: ANN401
     """Whether a part of a model was built from the configuration of its text part."""
     own = getattr(model.get_submodule(holder), "config", None)
-    return getattr(own, "model_type", None) == config.model_type
+    return bool(getattr(own, "model_type", None) == config.model_type)
 
 
 def text_config(model: nn.Module) -> Any:  # noqa: ANN401 (transformers is untyped)
