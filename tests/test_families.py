@@ -21,6 +21,7 @@ from moecollab.record.recorder import Recorder
 SPREAD = (
     "mixtral",
     "deepseek_v3",
+    "deepseek_v4",
     "gpt_oss",
     "dbrx",
     "nemotron_h/latent",
@@ -223,3 +224,36 @@ def test_measurements_are_of_every_family():
 
 def available():
     return [name for name in zoo.ZOO if not zoo.missing(name)]
+
+
+def skipping():
+    """A model some of whose tokens choose to skip the experts."""
+    if zoo.missing("zaya"):
+        pytest.skip(zoo.missing("zaya"))
+    model = zoo.build("zaya")
+    for layer in find_moe_layers(model):
+        layer.router.balancing_biases[-1] = 0.1
+    return model
+
+
+def test_skipped_tokens_use_no_expert():
+    model, inputs = skipping(), zoo.batch()
+    layers = find_moe_layers(model)
+    spies, _ = spied(layers, model, inputs)
+    heard, _ = listened(layers, model, inputs)
+    assert sum(int((one.weights == 0).sum()) for one in heard) > 0
+    with torch.inference_mode():
+        for layer, spy, one in zip(layers, spies, heard, strict=True):
+            check_layer(layer, model.config, spy, one)
+
+
+def test_other_counts_in_each_layer_under_a_live_count():
+    model, inputs = skipping(), zoo.batch()
+    layers = find_moe_layers(model)
+    kept = {0: (0, 3), 1: (1, 2, 6), 2: (5,), 3: (0, 7)}
+    with Mask(model, Keep(kept, 8, 1)):
+        heard, _ = listened(layers, model, inputs)
+    for layer, one in zip(layers, heard, strict=True):
+        assert (one.weights == 0).any(), "no token skips"
+        assert set(one.ids[one.weights != 0].tolist()) <= set(kept[layer.layer])
+    assert all(layer.router.config is model.config for layer in layers)

@@ -8,8 +8,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import models
 import zoo
 from moecollab.errors import UnsupportedModelError
+from moecollab.models.keep import Keep
 from moecollab.models.loading import load_model
+from moecollab.models.masked import Mask
 from moecollab.models.routing import find_moe_layers
+from moecollab.pruning.pruning import prune
 from moecollab.record.recorder import Recorder
 
 _EYE = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
@@ -80,6 +83,18 @@ def test_whole_model_is_loaded_from_its_folder(tmp_path):
     _, before = ids_of(model)
     _, after = ids_of(loaded)
     assert all((one.expert == two.expert).all() for one, two in zip(before, after, strict=True))
+
+
+def test_whole_model_is_cut_and_loaded_again(tmp_path):
+    model, inputs = build_whole("qwen3_vl_moe"), zoo.batch()
+    layers = find_moe_layers(model)
+    keep = Keep({layer.layer: (0, 2, 3, 5, 7) for layer in layers}, 8, 2)
+    with Mask(model, keep):
+        masked = zoo.output_of(model, inputs)
+    prune(model, keep, out=tmp_path / "pruned")
+    loaded, _ = load_model(tmp_path / "pruned", device="cpu")
+    assert {layer.n_experts for layer in find_moe_layers(loaded)} == {5}
+    torch.testing.assert_close(zoo.output_of(loaded, inputs), masked, rtol=0, atol=5e-6)
 
 
 def test_experts_for_images_are_left_alone():

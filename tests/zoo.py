@@ -174,6 +174,14 @@ ZOO: dict[str, dict[str, Any]] = {
         "ffn_hidden_size": 48,
         "num_layers": 2,
     },
+    "longcat_flash/no-identity": _LATENT
+    | {
+        "zero_expert_num": 0,
+        "moe_topk": 2,
+        "expert_ffn_hidden_size": 16,
+        "ffn_hidden_size": 48,
+        "num_layers": 2,
+    },
     "kimi_linear": _LATENT | _MIXED | {"num_experts_per_token": 2},
     "bailing_hybrid": _LATENT
     | _MIXED
@@ -287,7 +295,7 @@ def randomised(model: Any, seed: int = 0) -> Any:
             if size:
                 value.copy_(torch.randn(value.shape, generator=draw) * size)
             if name.endswith("balancing_biases"):
-                value[-1] = -0.2
+                value[-1] = -1.0  # of the skip expert; transformers sets it so on every load
             if name.endswith("tid2eid"):
                 shuffled = torch.rand(value.shape[0], N_EXPERTS, generator=draw).argsort(dim=1)
                 value.copy_(shuffled[:, : value.shape[1]])

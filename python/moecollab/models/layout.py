@@ -28,6 +28,7 @@ COUNTS = (
     "moe_num_experts",
     "total_experts",
     "n_total_experts",
+    "num_router_classes",
     "out_features",
 )
 """Attributes of routers, containers and blocks that cache the number of experts."""
@@ -69,6 +70,8 @@ class Layout:
     scale : str
         Attribute of the block with a factor on the weighted sum of the outputs, where the weights
         do not hold it; or with ``"average"`` where the sum is averaged with shared experts.
+    live_count : bool
+        Whether the router reads `count` from its own ``config`` while it runs.
     fixed : str
         Why experts cannot be masked or cut yet; empty where they can.
     uncut : str
@@ -95,6 +98,7 @@ class Layout:
     capture: str = "container"
     routing: Callable[[Any, Any], tuple[Any, Any]] | None = None
     scale: str = ""
+    live_count: bool = False
     fixed: str = ""
     uncut: str = ""
     remark: str = ""
@@ -225,8 +229,8 @@ _SPECIAL = [
         family="zaya",
         count="num_experts",
         rows=("gate.router_mlp.out_proj.weight", "gate.balancing_biases"),
+        live_count=True,
         remark="the skip expert is a slot that was not used",
-        fixed="its router reads the number of experts from the configuration while it runs",
     ),
     Layout(
         family="llama4",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,18 @@ def slice_router(layer: MoeLayer, kept: Sequence[int], *, block: bool = True) ->
     owners = [*layer.router.modules(), *(owner for owner, _, _ in rows)]
     if block:
         owners.append(layer.block)
+    if layer.layout.live_count:
+        changes.append(_with_count(layer, len(kept)))
     return changes + _recount(owners, layer.n_experts, len(kept), extra)
+
+
+def _with_count(layer: MoeLayer, count: int) -> Change:
+    """Gives a router a configuration of its own, so that layers may keep different numbers."""
+    owner: dict[str, Any] = vars(layer.router)
+    change = Change(owner, "config", owner["config"])
+    owner["config"] = copy.copy(owner["config"])
+    setattr(owner["config"], layer.layout.count, count)
+    return change
 
 
 def slice_experts(layer: MoeLayer, kept: Sequence[int]) -> list[Change]:
