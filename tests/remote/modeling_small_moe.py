@@ -73,7 +73,7 @@ class SortedMoe(nn.Module):
         self.shared_experts = Expert(config)
 
     def forward(self, hidden):
-        ids, weight, _ = self.gate(hidden)
+        ids, weight, _ = self.gate(hidden=hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
         order = ids.reshape(-1).argsort()
         ends = ids.reshape(-1).bincount(minlength=len(self.experts)).cumsum(0).tolist()

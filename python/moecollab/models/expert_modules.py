@@ -42,23 +42,37 @@ class ModulesCapture:
 
     def attach(self) -> Sequence[RemovableHandle]:
         """Hooks after the router, after every expert and after the block."""
-        handles = [self.layer.router.register_forward_hook(self._routed)]
+        handles = [self.layer.router.register_forward_hook(self._routed, with_kwargs=True)]
         for number, expert in enumerate(self.layer.experts.children()):
-            handles.append(expert.register_forward_hook(partial(self._ran, number)))
+            hook = partial(self._ran, number)
+            handles.append(expert.register_forward_hook(hook, with_kwargs=True))
         handles.append(self.layer.block.register_forward_hook(self._done))
         return handles
 
-    def _routed(self, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+    def _routed(
+        self,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,  # noqa: ANN401
+    ) -> None:
         ids, weights = _read(self.layer, output)
         self.ids = ids.detach().reshape(-1, ids.shape[-1]).clone()
         self.weights = weights.detach().reshape(self.ids.shape).clone()
         self.rows, self.slots = {}, None
         if self.wants_outputs:
-            self.keys = _row_keys(args[0].detach())
+            self.keys = _row_keys(_rows(args, kwargs))
         self.listener.routing(self.ids, self.weights.float())
 
-    def _ran(self, number: int, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        given = args[0].detach()
+    def _ran(
+        self,
+        number: int,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> None:
+        given = _rows(args, kwargs)
         self.rows[number] = self.rows.get(number, 0) + given.shape[:-1].numel()
         if self.wants_outputs and self.rows[number]:
             self._place(number, given, output.detach().reshape(-1, output.shape[-1]))
@@ -91,12 +105,19 @@ class ModulesCapture:
         )
 
 
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states that a module was called with, its first tensor."""
+    found: Tensor = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    return found.detach()
+
+
 def _read(layer: MoeLayer, output: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     """Ids and weights, each (…, top_k), of what a router returned."""
     if layer.layout.routing is not None:
         ids, weights = layer.layout.routing(layer.block, output)
         return ids, weights
-    parts = [part for part in output if isinstance(part, Tensor)] if output is not None else []
+    several = output if isinstance(output, tuple | list) else ()
+    parts = [part for part in several if isinstance(part, Tensor)]
     ids = next((part for part in parts if part.dtype in INTEGERS and part.dim()), None)
     if ids is not None:
         for part in parts:
