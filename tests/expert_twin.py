@@ -64,10 +64,11 @@ def gated(experts, config, family, inner):
     if family == "gpt_oss":
         gate, up = inner[..., ::2], inner[..., 1::2]
     if family in SHIFTED + CLAMPED:
-        limit = config.swiglu_limit
+        limit = config.swiglu_limit if hasattr(config, "swiglu_limit") else experts.limit
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
     if family in SHIFTED:
-        return (up + 1) * gate * torch.sigmoid(config.swiglu_alpha * gate)
+        alpha = config.swiglu_alpha if hasattr(config, "swiglu_alpha") else experts.alpha
+        return (up + 1) * gate * torch.sigmoid(alpha * gate)
     if family == "inkling2":
         return experts.act_fn(gate, up)
     return (functional.silu if family in CLAMPED else experts.act_fn)(gate) * up

@@ -33,6 +33,14 @@ def test_known_family_without_moe_layers_is_dense():
         find_moe_layers(models.build("qwen3_moe", mlp_only_layers=[0, 1, 2]))
 
 
+def test_experts_that_are_called_otherwise_are_not_taken_for_a_dense_model():
+    model = models.build("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.Linear(32, 32)])
+    with pytest.raises(UnsupportedModelError, match="not called with ids and weights, as those of"):
+        find_moe_layers(model)
+
+
 def test_unknown_family_lists_the_known_and_how_to_add_one():
     model = models.build("mixtral")
     model.config.model_type = "brand_new"

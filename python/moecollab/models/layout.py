@@ -161,7 +161,6 @@ _ROUTED = [
     *_rows("num_local_experts", _ROUTER, "router", "phimoe", "granitemoe", "granitemoeshared"),
     *_rows("num_local_experts", _ROUTER, "router", "granitemoe_swa", "granitemoehybrid"),
     *_rows("num_experts", _ROUTER, "router", "jamba"),
-    *_rows("moe_num_experts", _ROUTER, "router", "aria_text"),
 ]
 
 _NAMED = [
@@ -280,6 +279,13 @@ _SPECIAL = [
         count="num_experts",
         scale="shared_expert_combination_strategy",
         remark="where shared experts are averaged in, the layer's `scale` is a half",
+    ),
+    Layout(
+        family="aria_text",
+        count="moe_num_experts",
+        rows=_ROUTER,
+        router="router",
+        remark="with transformers 5.18 or newer",
     ),
     Layout(
         family="muse_spark",

@@ -77,7 +77,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     layout = _layout(model, config)
     layers = [_moe_layer(model, name, layout, config) for name in _blocks(model, layout, config)]
     if not layers:
-        raise _dense(model)
+        raise _otherwise(model, layout) if _named(model, layout) else _dense(model)
     layers.sort(key=lambda layer: layer.layer)
     numbers = [layer.layer for layer in layers]
     if len(set(numbers)) < len(numbers):
@@ -86,6 +86,21 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             f"({layers[0].name}, {layers[1].name}); such models are not supported"
         )
     return layers
+
+
+def _named(model: nn.Module, layout: Layout) -> bool:
+    """Whether a model has modules of the name that experts have in its family."""
+    return layout.container and any(
+        f".{name}".endswith(f".{layout.experts}") for name, _ in model.named_modules()
+    )
+
+
+def _otherwise(model: nn.Module, layout: Layout) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} has modules named {layout.experts!r} that are not called with ids "
+        "and weights, as those of older versions of transformers; install a newer transformers, or "
+        f"register a layout for {layout.family!r} with another `capture`"
+    )
 
 
 def _blocks(model: nn.Module, layout: Layout, config: Any) -> list[str]:  # noqa: ANN401
