@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
+import models
 import zoo
 from expert_twin import Heard, Spy, one_expert, routed_sum
 from make_docs import MEASURED
-from moecollab.errors import UnsupportedModelError
+from moecollab import score
+from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.models.capture import capture
 from moecollab.models.keep import Keep
 from moecollab.models.layout import BUILT_IN
@@ -16,6 +18,7 @@ from moecollab.models.masked import Mask
 from moecollab.models.registry import layout_of
 from moecollab.models.routing import find_moe_layers, text_config
 from moecollab.pruning.pruning import prune
+from moecollab.record.extraction import extract
 from moecollab.record.recorder import Recorder
 
 SPREAD = (
@@ -43,7 +46,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def pytest_generate_tests(metafunc):
-    if "name" in metafunc.fixturenames:
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "name" in metafunc.fixturenames and not any(mark.args[0] == "name" for mark in marks):
         chosen = zoo.ZOO if metafunc.config.getoption("--all-families") else SPREAD
         metafunc.parametrize("name", chosen)
 
@@ -252,3 +256,39 @@ def test_other_counts_in_each_layer_under_a_live_count():
         assert (one.weights == 0).any(), "no token skips"
         assert set(one.ids[one.weights != 0].tolist()) <= set(kept[layer.layer])
     assert all(layer.router.config is model.config for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["llama4_text", "llama4_text/top-2", "jetmoe", "longcat_flash"])
+def test_listening_in_half_precision(model):
+    model = model.to(torch.bfloat16)
+    layers, inputs = find_moe_layers(model), zoo.batch()
+    before = zoo.output_of(model, inputs)
+    heard, during = listened(layers, model, inputs)
+    if layers[0].layout.container:  # rounded once after the sum, not after every expert
+        torch.testing.assert_close(during, before, rtol=0, atol=0.1)
+    else:
+        assert torch.equal(during, before)
+    for one in heard:
+        total = (one.slots * one.weights[..., None]).sum(dim=1)
+        torch.testing.assert_close(total, one.total_sum, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["longcat_flash"])
+def test_slots_that_are_not_used_count_nowhere(model, name, tmp_path):
+    model, texts = zoo.build(name, vocab_size=260), [{"text": "Owls hunt at night."}]
+    acts = extract(model, texts, out=tmp_path / "acts", tokenizer=models.build_tokenizer())
+    counts = score("frequency", acts).values.sum(axis=1)
+    assert (counts > 0).all()
+    assert (counts < acts.n_tokens * acts.top_k).any()
+
+
+@pytest.mark.parametrize("name", ["ernie4_5_vl_moe_text"])
+def test_tokens_of_images_are_refused(model):
+    layers, inputs = find_moe_layers(model), zoo.batch()
+    kinds = torch.zeros_like(inputs["input_ids"])
+    kinds[1, 3:6] = 1
+    real = inputs["attention_mask"].bool().reshape(-1)
+    with torch.inference_mode(), Recorder(layers, norms=True) as recorder:
+        model(**inputs, moe_mm_token_type_ids=kinds)
+        with pytest.raises(DataError, match="saw 21 rows in 1 calls for 24 positions"):
+            recorder.take(real)

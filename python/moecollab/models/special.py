@@ -54,7 +54,7 @@ class ScaledInputCapture:
         token = torch.arange(by_expert.shape[1], device=output.device)
         added = by_expert[self.ids, token[:, None]]  # (n_positions, top_k, hidden)
         gates = torch.where(self.gates == 0, 1, self.gates)
-        self.listener.outputs(added / gates[..., None])
+        self.listener.outputs(added.float() / gates.float()[..., None])
         self.listener.total(added.sum(dim=1))
 
 
