@@ -44,6 +44,11 @@ mod update;
 mod fuzz;
 #[cfg_attr(
     not(feature = "python"),
+    allow(dead_code, reason = "only Python opens this room")
+)]
+mod outputs;
+#[cfg_attr(
+    not(feature = "python"),
     allow(dead_code, unused_imports, reason = "only Python opens this room")
 )]
 mod square;

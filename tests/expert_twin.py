@@ -24,8 +24,12 @@ class Heard:
         self.ids, self.weights = ids.clone(), weights.clone()
         self.calls += 1
 
-    def outputs(self, slots):
-        self.slots = slots.float().clone()
+    def outputs(self, rows, places):
+        if self.slots is None:
+            self.slots = torch.full((*self.ids.shape, rows.shape[-1]), torch.nan)
+        flat = self.slots.view(-1, rows.shape[-1])
+        assert flat[places].isnan().all(), "a slot is told twice"
+        flat[places] = rows.float()
 
     def total(self, routed):
         self.total_sum = routed.float().clone()

@@ -89,7 +89,7 @@ def write_activations(folder: Path) -> Activations:
 
 
 def tallies(expert, weight, sample) -> Tallies:
-    found = Tallies.zeros(DOMAINS, len(LAYERS), N_EXPERTS, has_norms=False)
+    found = Tallies.zeros(DOMAINS, len(LAYERS), N_EXPERTS, groups=("routing",))
     for row in range(len(LAYERS)):
         for slot in range(TOP_K):
             at = (sample % len(DOMAINS), row, expert[row, :, slot])

@@ -18,7 +18,8 @@ from moecollab.record.activations import load_activations
 from moecollab.record.extraction import extract
 from moecollab.record.rows import Rows
 from moecollab.record.schema import layer_columns
-from moecollab.record.tallies import SUMS, Tallies, load_tallies
+from moecollab.record.sums import SCALARS
+from moecollab.record.tallies import Tallies, load_tallies
 
 
 @pytest.fixture
@@ -118,12 +119,31 @@ def test_wrong_names(acts):
         acts.rows("token", "square")
 
 
+def test_one_lazy_table_of_all_tokens(acts, bare):
+    table = acts.to_polars().collect()
+    assert table.columns[:5] == ["token", "sample", "domain", "position", "token_id"]
+    assert len(table) == acts.n_tokens
+    assert table["token_id"].equals(acts.tokens()["token_id"])
+    named = dict(acts.samples().select("sample", "domain").iter_rows())
+    assert [named[sample] for sample in table["sample"]] == table["domain"].to_list()
+    for layer in acts.layers:
+        assert np.array_equal(table[f"expert_{layer}"].to_numpy(), acts.layer(layer).expert)
+        assert np.array_equal(table[f"norm_{layer}"].to_numpy(), acts.layer(layer).norm)
+    assert table.schema["weight_0"] == pl.Array(pl.Float32, 2)
+    assert bare.to_polars([2]).collect_schema().names()[5:] == ["expert_2", "weight_2"]
+    law = acts.to_polars().filter(pl.col("domain") == "law").select(pl.len()).collect().item()
+    assert 0 < law < acts.n_tokens
+    with pytest.raises(SettingsError, match="layer is 7"):
+        acts.to_polars([7])
+
+
 def test_recording_without_norms(acts, bare):
     assert not bare.has_norms
     assert bare.layer(0).norm is None
     assert np.array_equal(bare.layer(2).weight, acts.layer(2).weight)
     assert not bare.tallies().has_norms
-    assert not bare.tallies().sum_norm.any()
+    with pytest.raises(MissingInputError, match="sum_norm was not recorded; extract again with n"):
+        bare.tallies()["sum_norm"]
     with pytest.raises(MissingInputError, match="extract again with norms=True"):
         bare.rows("token", "output")
 
@@ -140,17 +160,19 @@ def test_tallies_are_sums_over_the_tables(acts):
                 norm = table.norm[mine].astype(float)
                 place = (number, row, expert)
                 assert tallies.count[place] == mine.sum()
-                sums = [weight, weight**2, norm, norm**2, weight * norm]
-                for key, values in zip(SUMS, sums, strict=True):
-                    assert getattr(tallies, key)[place] == pytest.approx(values.sum(), rel=1e-12)
-    assert (tallies.max_abs * np.sqrt(32) + 1e-6 >= tallies.sum_norm / tallies.count.clip(1)).all()
+                both = weight * norm
+                sums = [mine[mine], weight, weight**2, norm, norm**2, both, both**2]
+                for key, values in zip(SCALARS, sums, strict=True):
+                    assert tallies[key][place] == pytest.approx(values.sum(), rel=1e-12)
+    mean = tallies["sum_norm"] / tallies.count.clip(1)
+    assert (tallies["max_abs"] * np.sqrt(32) + 1e-6 >= mean).all()
 
 
 def test_tallies_total_and_merge(acts, tmp_path):
     tallies = acts.tallies()
     total = tallies.total()
     assert total.count.sum() == acts.n_tokens * acts.n_layers * acts.top_k
-    assert np.array_equal(total.max_abs, tallies.max_abs.max(axis=0))
+    assert np.array_equal(total["max_abs"], tallies["max_abs"].max(axis=0))
     assert total.total() is total
     other = Tallies.zeros(("cooking", "law"), 3, 8)
     other.count[1] += 5
@@ -163,7 +185,7 @@ def test_tallies_total_and_merge(acts, tmp_path):
     with pytest.raises(ShapeError, match="cannot be merged; merge before total"):
         tallies.merge(total)
     both.save(tmp_path / "t.safetensors")
-    assert np.array_equal(load_tallies(tmp_path / "t.safetensors").sum_norm, both.sum_norm)
+    assert np.array_equal(load_tallies(tmp_path / "t.safetensors")["sum_norm"], both["sum_norm"])
 
 
 def test_load_gives_the_same_recording(acts):

@@ -57,8 +57,10 @@ def test_json_sums(tmp_path):
 
 def test_what_was_not_recorded_is_no_number(tmp_path):
     tallies = read(tmp_path, json_file(tmp_path)).tallies()
-    for array in (tallies.sum_norm, tallies.sum_weight_sq, tallies.sum_norm_sq, tallies.max_abs):
-        assert np.isnan(array).all()
+    for name in ("sum_norm", "sum_weight_sq", "sum_norm_sq", "max_abs"):
+        assert name not in tallies
+        with pytest.raises(MissingInputError, match=f"{name} was not recorded"):
+            tallies[name]
 
 
 def test_shards_add_up_and_domains_stay_apart(tmp_path):
@@ -121,7 +123,7 @@ def test_reap(tmp_path):
     assert counts.top_k == 3
     assert counts.recorded == ("count", "sum_weight", "sum_norm", "sum_weighted_norm")
     np.testing.assert_allclose(mc.score("reap", counts).values, WEIGHTED / COUNTS)
-    np.testing.assert_allclose(counts.tallies().total().sum_norm, dumps.sums_of(TRUTH, NORMS))
+    np.testing.assert_allclose(counts.tallies().total()["sum_norm"], dumps.sums_of(TRUTH, NORMS))
 
 
 def test_reap_files_of_another_kind(tmp_path):

@@ -80,7 +80,8 @@ def listed_model():
 
 @pytest.fixture
 def my_family():
-    register_layout(Layout(family="my_moe", count="num_local_experts", rows=("gate.weight",)))
+    listed = {"count": "num_local_experts", "rows": ("gate.weight",), "capture": "expanded"}
+    register_layout(Layout(family="my_moe", **listed))
     yield
     unregister_layout("my_moe")
 
@@ -100,6 +101,22 @@ def test_user_family_with_a_list_of_experts(my_family, token_ids, logits):
     assert model.model.layers[0].mlp.experts[3] is kept
     assert torch.equal(logits(model, token_ids), masked)
     assert not torch.equal(masked, full)
+
+
+def test_experts_that_are_weighted_by_masks_say_how_they_can_be_read(my_family, token_ids):
+    listed = {"count": "num_local_experts", "rows": ("gate.weight",)}
+    register_layout(Layout(family="my_moe", **listed), replace=True)
+    model = listed_model()
+    layers = find_moe_layers(model)
+    with torch.inference_mode(), Recorder(layers, norms=False):
+        model(input_ids=token_ids)
+    message = "register the layout again with capture='expanded'"
+    with (
+        torch.inference_mode(),
+        pytest.raises(UnsupportedModelError, match=message),
+        Recorder(layers, norms=True),
+    ):
+        model(input_ids=token_ids)
 
 
 def test_registering_twice(my_family):

@@ -15,6 +15,7 @@ __all__ = [
     "fit_square",
     "learn_square",
     "mine_sets",
+    "read_outputs",
     "step_atoms",
     "step_square",
     "sum_square",
@@ -283,6 +284,37 @@ def count_sets(
     threads: int,
 ) -> NDArray[np.uint32]:
     """How many rows hold all sites of each set (n_sets, size): array of shape (n_sets,)."""
+
+@type_check_only
+class OutputReadings(TypedDict):
+    """What is known of each slot, in the order of the slots."""
+
+    norm: NDArray[np.float32]
+    peak: NDArray[np.float32]
+    channel: NDArray[np.uint32]
+
+def read_outputs(
+    values: NDArray[np.float32] | NDArray[np.uint16],
+    slots: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    sums: NDArray[np.float64] | None,
+    threads: int,
+) -> OutputReadings:
+    """Norm, largest magnitude and its first channel of some expert outputs, read once.
+
+    Parameters
+    ----------
+    values : float32 array of shape (n_outputs, width), or uint16
+        Outputs; uint16 are the bits of bfloat16.
+    slots : int64 array of shape (n_slots,)
+        Which outputs to read, those of one site together.
+    starts : int64 array of shape (n_sites + 1,)
+        Where each site begins in `slots`; read only with `sums`.
+    sums : float64 array of shape (n_sites, 2, width), or None
+        Gains the sum of each site's outputs and of their squares, added in the order of `slots`.
+    threads : int
+        Worker threads; 0 is one per processor. The result does not depend on it.
+    """
 
 def fit_square(
     rows: _SparseRows,

@@ -5,6 +5,7 @@ mod encoding;
 mod errors;
 mod fitting;
 mod mining;
+mod outputs;
 mod square;
 mod square_learning;
 mod stepping;
@@ -25,6 +26,8 @@ mod _core {
     use super::fitting::{fit_dictionary, fit_square};
     #[pymodule_export]
     use super::mining::{count_sets, mine_sets};
+    #[pymodule_export]
+    use super::outputs::read_outputs;
 
     #[pymodule_export]
     use super::square::encode_square;

@@ -43,22 +43,21 @@ class Recorded:
     def tallies(self):
         """Sums by domain, one token at a time."""
         n_layers, n_tokens, top_k = self.expert.shape
-        found = Tallies.zeros(
-            self.domains, n_layers, self.n_experts, has_norms=self.norm is not None
-        )
+        groups = ["routing"] if self.norm is None else ["routing", "norms"]
+        found = Tallies.zeros(self.domains, n_layers, self.n_experts, groups=groups)
         norm = np.zeros(self.expert.shape) if self.norm is None else self.norm
         for layer, token, slot in np.ndindex(n_layers, n_tokens, top_k):
             at = (self.domain(token), layer, self.expert[layer, token, slot])
             g, f = (float(values[layer, token, slot]) for values in (self.weight, norm))
             if g == 0:
                 continue
-            found.count[at] += 1
-            found.sum_weight[at] += g
-            found.sum_weight_sq[at] += g * g
-            found.sum_norm[at] += f
-            found.sum_norm_sq[at] += f * f
-            found.sum_weighted_norm[at] += g * f
-            found.max_abs[at] = max(found.max_abs[at], f)
+            added = {"count": 1, "sum_weight": g, "sum_weight_sq": g * g}
+            if self.norm is not None:
+                added |= {"sum_norm": f, "sum_norm_sq": f * f, "sum_weighted_norm": g * f}
+                added["sum_weighted_norm_sq"] = (g * f) ** 2
+                found["max_abs"][at] = max(found["max_abs"][at], f)
+            for name, value in added.items():
+                found[name][at] += value
         return found
 
     def domain(self, token):

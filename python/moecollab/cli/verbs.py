@@ -46,6 +46,9 @@ def extract(  # noqa: PLR0913 (one parameter per option)
     out: Out,
     tokens: Annotated[int | None, typer.Option(help="Take about this many tokens")] = None,
     norms: Annotated[bool, typer.Option(help="Record the norms of expert outputs")] = True,
+    collect: Annotated[
+        str, typer.Option(help="What else to sum, or criteria that need it: channels,pairs")
+    ] = "",
     context: Context = 512,
     batch_size: Batch = 8,
     seed: Seed = 0,
@@ -65,6 +68,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             out=out,
             tokens=tokens,
             norms=norms,
+            collect=collect,
             context=context,
             batch_size=batch_size,
             seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import TYPE_CHECKING, Protocol
@@ -30,14 +31,55 @@ class Needs(Flag):
     """Sums of routing weights; every extraction records them, some imports do not."""
     OUTPUT_NORMS = auto()
     """Sums of the norms of expert outputs; recorded on request."""
+    SHIFT = auto()
+    """How far the routed experts turn the residual stream; recorded on request."""
+    CHANNELS = auto()
+    """Expert outputs summed channel by channel; recorded on request."""
+    PROBABILITY = auto()
+    """Router probability before top-k; recorded on request."""
+    PAIRS = auto()
+    """How often two experts are chosen together; recorded on request."""
+    VOCABULARY = auto()
+    """Which token ids each expert saw; recorded on request."""
     COLLABORATION = auto()
     """Patterns fitted on these activations."""
+
+
+_GROUP = {
+    Needs.ROUTING: "routing",
+    Needs.ROUTING_WEIGHTS: "routing",
+    Needs.OUTPUT_NORMS: "norms",
+    Needs.SHIFT: "shift",
+    Needs.CHANNELS: "channels",
+    Needs.PROBABILITY: "probability",
+    Needs.PAIRS: "pairs",
+    Needs.VOCABULARY: "vocabulary",
+}
+
+
+def groups_of(needs: Needs) -> tuple[str, ...]:
+    """Groups of sums that answer some needs; see :data:`moecollab.record.sums.GROUPS`."""
+    return tuple(dict.fromkeys(group for need, group in _GROUP.items() if need in needs))
+
+
+def needs_of(groups: Iterable[str]) -> Needs:
+    """What recorded groups of sums can answer, but for routing weights."""
+    found = Needs.NOTHING
+    for need, group in _GROUP.items():
+        if group in groups and need is not Needs.ROUTING_WEIGHTS:
+            found |= need
+    return found
 
 
 _PROVIDED_BY = {
     Needs.ROUTING: "extract activations from the model first",
     Needs.ROUTING_WEIGHTS: "the files hold expert ids alone; use extract, or files with weights",
     Needs.OUTPUT_NORMS: "extract again with norms=True (--norms)",
+    **{
+        need: f"extract again with collect={group!r} (--collect {group})"
+        for need, group in _GROUP.items()
+        if group not in ("routing", "norms")
+    },
     Needs.COLLABORATION: "fit one on these activations and pass collaboration= (--collaboration)",
 }
 

@@ -19,7 +19,7 @@ def reap(evidence: Evidence, /) -> NDArray[np.float64]:
     Source: REAP, Lasby et al. 2025 (arXiv:2510.13999), eq. 9; g is the weight the model used
     Not defined when: an expert has no tokens; it scores 0
     """
-    total = evidence.tallies.sum_weighted_norm.astype(np.float64)
+    total: NDArray[np.float64] = evidence.tallies["sum_weighted_norm"]
     count = evidence.tallies.count
     return np.divide(total, count, out=np.zeros_like(total), where=count > 0)
 

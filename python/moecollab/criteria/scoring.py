@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab import criteria
-from moecollab.criteria.base import Criterion, Evidence, Needs, check_needs
+from moecollab.criteria.base import Criterion, Evidence, Needs, check_needs, needs_of
 from moecollab.criteria.scores import Scores
 from moecollab.errors import SettingsError, ShapeError, StaleInputError
 from moecollab.manifest import refuse_existing
@@ -95,11 +95,9 @@ def _check_settings(drop: float, seed: int) -> None:
 
 def _available(acts: Activations | RoutingCounts, *, given: bool) -> Needs:
     """What these activations, and a collaboration if given, can answer."""
-    found = Needs.ROUTING
+    found = needs_of(acts.groups)
     if acts.has_weights:
         found |= Needs.ROUTING_WEIGHTS
-    if acts.has_norms:
-        found |= Needs.OUTPUT_NORMS
     return found | Needs.COLLABORATION if given else found
 
 

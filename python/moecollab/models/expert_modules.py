@@ -38,7 +38,7 @@ class ModulesCapture:
         self.wants_outputs = outputs
         self.keys = self.ids = self.weights = torch.empty(0)
         self.rows: dict[int, int] = {}
-        self.slots: Tensor | None = None
+        self.sum: Tensor | None = None
 
     def attach(self) -> Sequence[RemovableHandle]:
         """Hooks after the router, after every expert and after the block."""
@@ -59,7 +59,7 @@ class ModulesCapture:
         ids, weights = _read(self.layer, output)
         self.ids = ids.detach().reshape(-1, ids.shape[-1]).clone()
         self.weights = weights.detach().reshape(self.ids.shape).clone()
-        self.rows, self.slots = {}, None
+        self.rows, self.sum = {}, None
         if self.wants_outputs:
             self.keys = _row_keys(_rows(args, kwargs))
         self.listener.routing(self.ids, self.weights.float())
@@ -78,25 +78,26 @@ class ModulesCapture:
             self._place(number, given, output.detach().reshape(-1, output.shape[-1]))
 
     def _place(self, number: int, given: Tensor, output: Tensor) -> None:
-        """Puts an expert's outputs at the tokens and slots that chose it."""
-        if self.slots is None:
-            self.slots = output.new_zeros((*self.ids.shape, output.shape[-1]))
+        """Tells of an expert's outputs, with the tokens and slots that chose it."""
         token, slot = torch.where(self.ids == number)
         wanted, order = self.keys[token].sort(stable=True)
         found, given_order = _row_keys(given).sort(stable=True)
         if not torch.equal(wanted, found):
             raise self._mismatch(number)
-        self.slots[token[order], slot[order]] = output[given_order]
+        token, slot, rows = token[order], slot[order], output[given_order]
+        self.listener.outputs(rows, token * self.ids.shape[1] + slot)
+        if self.sum is None:
+            self.sum = output.new_zeros((len(self.ids), output.shape[-1]))
+        self.sum.index_add_(0, token, (rows * self.weights[token, slot, None]).to(rows.dtype))
 
     def _done(self, _module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:  # noqa: ANN401
         counts = torch.bincount(self.ids.reshape(-1).long(), minlength=self.layer.n_experts)
         for number, count in enumerate(counts[: self.layer.n_experts].tolist()):
             if self.rows.get(number, 0) != count:
                 raise self._mismatch(number)
-        if self.slots is not None:
-            self.listener.outputs(self.slots)
-            self.listener.total((self.slots * self.weights[..., None]).sum(dim=1))
-        self.slots = None
+        if self.sum is not None:
+            self.listener.total(self.sum)
+        self.sum = None
 
     def _mismatch(self, number: int) -> DataError:
         return DataError(

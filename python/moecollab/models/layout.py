@@ -13,7 +13,7 @@ from typing import Any
 
 from moecollab.errors import SettingsError
 
-CONTAINERS = ("container", "identity")
+CONTAINERS = ("container", "expanded")
 """Ways of listening for which a container is called with hidden states, ids and weights."""
 
 _GATE = ("gate.weight",)
@@ -260,7 +260,6 @@ _SPECIAL = [
             "router.e_score_correction_bias",
         ),
         router="router",
-        capture="identity",
         top_k="moe_topk",
         remark="an identity expert is a slot that was not used; the weighted sum holds it",
     ),

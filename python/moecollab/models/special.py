@@ -54,7 +54,8 @@ class ScaledInputCapture:
         token = torch.arange(by_expert.shape[1], device=output.device)
         added = by_expert[self.ids, token[:, None]]  # (n_positions, top_k, hidden)
         gates = torch.where(self.gates == 0, 1, self.gates)
-        self.listener.outputs(added.float() / gates.float()[..., None])
+        outputs = (added.float() / gates.float()[..., None]).reshape(-1, added.shape[-1])
+        self.listener.outputs(outputs, torch.arange(len(outputs), device=output.device))
         self.listener.total(added.sum(dim=1))
 
 
@@ -93,8 +94,8 @@ class SortedCapture:
         self.listener.routing(self._unsorted(experts), self.weights.float())
 
     def _ran(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        self.listener.outputs(output.detach(), self.order)
         slots = self._unsorted(output.detach())  # (n_positions, top_k, hidden)
-        self.listener.outputs(slots)
         self.listener.total((slots * self.weights[..., None]).sum(dim=1))
 
     def _unsorted(self, rows: Tensor) -> Tensor:

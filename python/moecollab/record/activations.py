@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -87,6 +87,12 @@ class Activations(Recording):
         return bool(self.manifest["settings"]["norms"])
 
     @property
+    def groups(self) -> tuple[str, ...]:
+        """What was summed, as in :data:`moecollab.record.sums.GROUPS`."""
+        norms = ["norms"] if self.has_norms else []
+        return ("routing", *norms, *self.manifest["settings"].get("collect", ()))
+
+    @property
     def has_weights(self) -> bool:
         """Whether routing weights were recorded; else all weights of a token are equal."""
         return bool(self.manifest["model"].get("weights", True))
@@ -109,14 +115,46 @@ class Activations(Recording):
 
         `layer` is the model's own index.
         """
-        if layer not in self.layers:
-            raise SettingsError("layer", layer, f"one of {list(self.layers)}")
-        columns = ["expert", "weight", *(["norm"] if self.has_norms else [])]
-        table = self._table(layer_file(layer), columns, span)
-        arrays = [table[name].rechunk().to_numpy() for name in columns]
+        self._check_layer(layer)
+        table = self._table(layer_file(layer), self._columns, span)
+        arrays = [table[name].rechunk().to_numpy() for name in self._columns]
         for array in arrays:
             array.flags.writeable = False
         return LayerTable(arrays[0], arrays[1], arrays[2] if self.has_norms else None)
+
+    def to_polars(self, layers: Sequence[int] | None = None) -> pl.LazyFrame:
+        """One row per token, read when it is collected.
+
+        Parameters
+        ----------
+        layers : sequence of int, optional
+            The model's own indices; all MoE layers if None. Name them where few are wanted: Polars
+            opens the file of every layer in the table, to a column at least.
+
+        Returns
+        -------
+        LazyFrame
+            token, sample, domain, position, token_id and, for each layer, expert_0, weight_0 (and
+            norm_0 where norms were recorded), with the layer's index in place of the 0: expert ids
+            Array(UInt16, top_k) and coefficients Array(Float32, top_k), the largest first.
+
+        Examples
+        --------
+        >>> first = acts.layers[0]  # doctest: +SKIP
+        >>> acts.to_polars().select("domain", f"expert_{first}").collect()  # doctest: +SKIP
+        """
+        domains = pl.scan_parquet(self.path / SAMPLES).select("sample", "domain")
+        tokens = pl.scan_parquet(self.path / TOKENS).join(
+            domains, on="sample", how="left", maintain_order="left"
+        )
+        frames = [tokens.select("token", "sample", "domain", "position", "token_id")]
+        for layer in self.layers if layers is None else layers:
+            self._check_layer(layer)
+            table = pl.scan_parquet(self.path / layer_file(layer))
+            frames.append(
+                table.select(pl.col(name).alias(f"{name}_{layer}") for name in self._columns)
+            )
+        return pl.concat(frames, how="horizontal")
 
     def tallies(self) -> Tallies:
         """Sums by domain, layer and expert."""
@@ -178,6 +216,15 @@ class Activations(Recording):
     def _digest(self) -> str:
         names = [MANIFEST, TALLIES, *(layer_file(layer) for layer in self.layers)]
         return digest_bytes("".join(digest_file(self.path / name) for name in names).encode())
+
+    @property
+    def _columns(self) -> list[str]:
+        """Columns of a layer's table that hold what was routed."""
+        return ["expert", "weight", *(["norm"] if self.has_norms else [])]
+
+    def _check_layer(self, layer: int) -> None:
+        if layer not in self.layers:
+            raise SettingsError("layer", layer, f"one of {list(self.layers)}")
 
     def _table(
         self, name: str, columns: list[str] | None = None, span: Span | None = None

@@ -22,8 +22,7 @@ class RoutingCounts(Recording):
     """Sums by domain, layer and expert, in a folder; there are no rows to fit or to mine.
 
     Made by :func:`moecollab.import_routing` from sources that count, opened by
-    :func:`load_counts`, and scored by :func:`moecollab.score`. Sums that the source does not hold
-    are NaN, so that nothing made of them passes for a number.
+    :func:`load_counts`, and scored by :func:`moecollab.score`.
     """
 
     @property
@@ -46,8 +45,13 @@ class RoutingCounts(Recording):
         """Whether sums of weight times output norm were recorded, which ``reap`` reads."""
         return "sum_weighted_norm" in self.recorded
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What was summed, as in :data:`moecollab.record.sums.GROUPS`."""
+        return ("routing", "norms") if self.has_norms else ("routing",)
+
     def tallies(self) -> Tallies:
-        """Sums by domain, layer and expert; NaN in what is not among `recorded`."""
+        """Sums by domain, layer and expert: those among `recorded`."""
         return load_tallies(self.path / TALLIES)
 
     def digest(self) -> str:

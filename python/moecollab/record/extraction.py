@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from moecollab.record.corpus import Corpus, Source, read_corpus
 from moecollab.record.recorder import Recorder, Routing
 from moecollab.record.schema import KIND, VERSION
 from moecollab.record.shards import Arrays, ShardStore, merge_shards
+from moecollab.record.sums import GROUPS, names_of
 from moecollab.record.tallies import Tallies
-from moecollab.record.tallying import tally
+from moecollab.record.tallying import Tokens, tally
 from moecollab.record.windows import (
     Sample,
     Window,
@@ -34,7 +35,8 @@ from moecollab.record.windows import (
     select_samples,
 )
 
-_FIELDS = ("expert", "weight", "norm", "peak")
+_FIELDS = ("expert", "weight", "norm", "peak", "channel")
+_FROM_OUTPUTS = ("shift", "channels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Settings:
         Most tokens to record.
     norms : bool
         Whether to record norms of expert outputs.
+    collect : tuple of str
+        What else to sum.
     context : int
         Tokens that the model reads at once.
     batch_size : int
@@ -60,9 +64,14 @@ class Settings:
     context: int
     batch_size: int
     seed: int
+    collect: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks ranges."""
+        """Checks ranges, and that what is collected can be."""
+        names_of(self.collect)
+        for group in _FROM_OUTPUTS:
+            if group in self.collect and not self.norms:
+                raise SettingsError("norms", self.norms, f"true to collect {group!r}")
         for name in ("context", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingsError(name, getattr(self, name), "1 or more")
@@ -70,6 +79,12 @@ class Settings:
             raise SettingsError("tokens", self.tokens, "1 or more, or None for all")
         if self.seed < 0:
             raise SettingsError("seed", self.seed, "0 or more")
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """All that is summed, in the order of :data:`moecollab.record.sums.GROUPS`."""
+        wanted = {"routing", *(["norms"] if self.norms else []), *self.collect}
+        return tuple(group for group in GROUPS if group in wanted)
 
 
 def extract(  # noqa: PLR0913 (the verb takes what the command takes)
@@ -79,6 +94,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     out: str | PathLike[str],
     tokens: int | None = None,
     norms: bool = True,
+    collect: str | Sequence[str] = "",
     context: int = 512,
     batch_size: int = 8,
     seed: int = 0,
@@ -105,6 +121,9 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         Most tokens to record: a choice by `seed` from every domain in proportion; all if None.
     norms : bool
         Whether to record norms of expert outputs, which some criteria need.
+    collect : str or sequence of str
+        What else to sum in the same pass, such as "channels,pairs": names in
+        :data:`moecollab.record.sums.GROUPS`, or of criteria, which stand for what they need.
     context : int
         Tokens that the model reads at once; at most what the model was made for.
     batch_size : int
@@ -129,7 +148,12 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         When `out` is there and `overwrite` is false.
     """
     settings = Settings(
-        tokens=tokens, norms=norms, context=context, batch_size=batch_size, seed=seed
+        tokens=tokens,
+        norms=norms,
+        collect=collected(collect),
+        context=context,
+        batch_size=batch_size,
+        seed=seed,
     )
     target = Path(out)
     refuse_existing(target, overwrite=overwrite)
@@ -150,6 +174,29 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     finally:
         loaded.train(was_training)
     return load_activations(target)
+
+
+def collected(asked: str | Sequence[str]) -> tuple[str, ...]:
+    """Groups of sums that names of groups or of criteria ask for, in a fixed order.
+
+    Raises
+    ------
+    SettingsError
+        When a name is neither.
+    """
+    from moecollab import criteria
+    from moecollab.criteria.base import groups_of
+
+    wanted: set[str] = set()
+    for name in filter(None, asked.split(",") if isinstance(asked, str) else asked):
+        if name in criteria.names():
+            wanted |= set(groups_of(criteria.get(name).needs))
+        elif name in GROUPS:
+            wanted.add(name)
+        else:
+            known = ", ".join((*GROUPS, *criteria.names()))
+            raise SettingsError("collect", name, f"some of {known}")
+    return tuple(group for group in GROUPS if group in wanted - {"routing", "norms"})
 
 
 def _record(run: _Run, samples: Sequence[Sample], store: ShardStore) -> None:
@@ -197,7 +244,9 @@ class _Run:
         described = manifest(
             KIND,
             VERSION,
-            settings=asdict(self.settings) | {"context": self.context, "dtype": self._dtype()},
+            settings=asdict(self.settings)
+            | {"context": self.context, "dtype": self._dtype()}
+            | {"collect": list(self.settings.collect)},
             inputs={"model": digest_model(self.model), "corpus": corpus.digest},
             seed=self.settings.seed,
         )
@@ -223,44 +272,56 @@ class _Run:
         windows = cut_windows(samples, self.context)
         first = np.cumsum([0, *(len(window.ids) for window in windows)])
         merged = self._empty(int(first[-1]))
-        with Recorder(self.layers, norms=self.settings.norms) as recorder:
+        tokens = Tokens.of(samples, domains)
+        with self._recorder(len(domains)) as recorder:
             for batch in group_batches(windows, self.settings.batch_size):
-                found = self._forward(recorder, [windows[number] for number in batch])
                 rows = np.concatenate([np.arange(first[n], first[n + 1]) for n in batch])
-                for layer, routing in zip(merged, found, strict=True):
-                    _fill(layer, rows, routing)
+                found = self._forward(
+                    recorder, [windows[number] for number in batch], tokens.domain[rows]
+                )
+                merged = [_fill(layer, rows, one) for layer, one in zip(merged, found, strict=True)]
                 bar.advance(len(rows))
-        counts = [len(sample.ids) for sample in samples]
-        number = np.array([domains.index(sample.document.domain) for sample in samples])
-        sums = tally(domains, np.repeat(number, counts), merged, self.n_experts)
-        arrays: Arrays = {f"tally.{name}": value for name, value in sums.as_arrays().items()}
+        sums = tally(domains, tokens, merged, self.n_experts, self.settings.groups)
+        arrays: Arrays = {f"tally.{name}": value for name, value in sums.arrays.items()}
         for place, columns in zip(self.layers, merged, strict=True):
             for name in ("expert", "weight", *(["norm"] if self.settings.norms else [])):
                 arrays[f"{name}.{place.layer}"] = getattr(columns, name)
         return arrays
 
+    def _recorder(self, n_domains: int) -> Recorder:
+        collect = self.settings.collect
+        return Recorder(
+            self.layers,
+            norms=self.settings.norms,
+            channels="channels" in collect,
+            shift=self.model if "shift" in collect else None,
+            n_domains=n_domains,
+        )
+
     def tallies(self, domains: Sequence[str], arrays: Arrays) -> Tallies:
         """The tallies of a finished shard."""
-        sums = {
-            name.removeprefix("tally."): value
-            for name, value in arrays.items()
-            if name.startswith("tally.")
-        }
-        return Tallies(domains=tuple(domains), has_norms=self.settings.norms, **sums)
+        return Tallies(tuple(domains), {name: arrays[f"tally.{name}"] for name in self._names()})
+
+    def _names(self) -> tuple[str, ...]:
+        return names_of(self.settings.groups)
 
     def _empty(self, n_tokens: int) -> list[Routing]:
         """Columns of zeros for each layer."""
         shape = (n_tokens, self.top_k)
 
-        def zeros() -> NDArray[np.float32] | None:
-            return np.zeros(shape, np.float32) if self.settings.norms else None
+        def zeros(dtype: type[np.generic] = np.float32) -> NDArray[Any] | None:
+            return np.zeros(shape, dtype) if self.settings.norms else None
 
-        return [
-            Routing(np.zeros(shape, np.uint16), np.zeros(shape, np.float32), zeros(), zeros())
-            for _ in self.layers
-        ]
+        def layer() -> Routing:
+            chosen, weight = np.zeros(shape, np.uint16), np.zeros(shape, np.float32)
+            shift = np.zeros(n_tokens, np.float32) if "shift" in self.settings.collect else None
+            return Routing(chosen, weight, zeros(), zeros(), zeros(np.int32), shift)
 
-    def _forward(self, recorder: Recorder, windows: Sequence[Window]) -> list[Routing]:
+        return [layer() for _ in self.layers]
+
+    def _forward(
+        self, recorder: Recorder, windows: Sequence[Window], domain: NDArray[np.int64]
+    ) -> list[Routing]:
         """Routing of the windows' tokens, one window after the other."""
         longest = max(len(window.ids) for window in windows)
         ids = np.zeros((len(windows), longest), np.int64)
@@ -270,6 +331,9 @@ class _Run:
             real[row, : len(window.ids)] = True
         device = self.model.device
         mask = torch.from_numpy(real).to(device)
+        domains = np.zeros(real.shape, np.int64)
+        domains[real] = domain
+        recorder.begin(mask.reshape(-1), torch.from_numpy(domains.reshape(-1)))
         with torch.inference_mode():
             # The base model, because nobody reads the logits here.
             self.model.base_model(
@@ -295,9 +359,12 @@ class _Run:
         return f" {text}" if spaced else text
 
 
-def _fill(layer: Routing, rows: NDArray[np.int64], routing: Routing) -> None:
-    """Writes a batch's rows into a layer's columns; fewer slots than columns leave zeros."""
+def _fill(layer: Routing, rows: NDArray[np.int64], routing: Routing) -> Routing:
+    """A layer's columns with a batch's rows; fewer slots than columns leave zeros."""
     for name in _FIELDS:
         column, value = getattr(layer, name), getattr(routing, name)
         if column is not None and value is not None:
             column[rows, : value.shape[1]] = value
+    if layer.shift is not None and routing.shift is not None:
+        layer.shift[rows] = routing.shift
+    return replace(layer, sums=routing.sums)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import DataError
 from moecollab.models.capture import capture
 from moecollab.models.routing import MoeLayer
+from moecollab.record.outputs import OutputReader, Readings
+from moecollab.record.residual import Residual
 
 
 @dataclass(frozen=True)
 class Routing:
     """What one MoE layer did to some tokens, the largest weight first.
 
-    Slots that were not used have expert 0 and zeros elsewhere.
+    Slots that were not used have expert 0 and zeros elsewhere; what was not asked for is None.
 
     Parameters
     ----------
@@ -31,22 +33,33 @@ class Routing:
         L2 norm of the expert's output before the weight.
     peak : float32 array of shape (n_tokens, top_k), or None
         Largest magnitude in the expert's output before the weight.
+    channel : int32 array of shape (n_tokens, top_k), or None
+        The first channel that has it.
+    shift : float32 array of shape (n_tokens,), or None
+        1 − cosine between the residual stream before and after the routed experts.
+    sums : float64 array of shape (n_domains · n_experts, 2, hidden), or None
+        Sums of the outputs and of their squares, over all batches so far.
     """
 
     expert: NDArray[np.uint16]
     weight: NDArray[np.float32]
-    norm: NDArray[np.float32] | None
-    peak: NDArray[np.float32] | None
+    norm: NDArray[np.float32] | None = None
+    peak: NDArray[np.float32] | None = None
+    channel: NDArray[np.int32] | None = None
+    shift: NDArray[np.float32] | None = None
+    sums: NDArray[np.float64] | None = None
 
 
 @dataclass
 class _Seen:
-    """Tensors of one container call, as they were seen: (n_positions, top_k)."""
+    """What one call told: (n_positions, top_k) each; of slots, flattened; shift (n_positions,)."""
 
     ids: Tensor
     weights: Tensor
-    norms: Tensor | None = None
-    peaks: Tensor | None = None
+    site: Tensor = field(default_factory=lambda: torch.empty(0))
+    counted: Tensor = field(default_factory=lambda: torch.empty(0))
+    readings: Readings | None = None
+    shift: Tensor | None = None
 
 
 class Recorder:
@@ -57,11 +70,31 @@ class Recorder:
     layers : sequence of MoeLayer
         Layers to watch.
     norms : bool
-        Whether to record norms of expert outputs as well.
+        Whether to record norms and largest entries of expert outputs as well.
+    channels : bool
+        Whether to sum the outputs channel by channel; needs `norms`.
+    shift : Module, optional
+        The model, when it shall be recorded how far the experts turn its residual stream.
+    n_domains : int
+        Domains to sum apart.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer], *, norms: bool) -> None:
-        self._watches = [_Watch(layer, norms=norms) for layer in layers]
+    def __init__(
+        self,
+        layers: Sequence[MoeLayer],
+        *,
+        norms: bool,
+        channels: bool = False,
+        shift: nn.Module | None = None,
+        n_domains: int = 1,
+    ) -> None:
+        self._batch = _Batch()
+        n_experts = max(layer.n_experts for layer in layers)
+        self._watches = []
+        for layer in layers:
+            reader = OutputReader(n_domains * n_experts, channels=channels) if norms else None
+            residual = None if shift is None else Residual(shift, layer)
+            self._watches.append(_Watch(layer, self._batch, n_experts, reader, residual))
 
     def __enter__(self) -> Recorder:
         try:
@@ -84,6 +117,18 @@ class Recorder:
         for watch in self._watches:
             watch.detach()
 
+    def begin(self, real: Tensor, domain: Tensor | None = None) -> None:
+        """Says what the next forward pass holds, for sums that are taken while it runs.
+
+        Parameters
+        ----------
+        real : bool Tensor of shape (n_positions,)
+            Positions of the batch, flattened, that hold tokens; others are padding.
+        domain : int64 Tensor of shape (n_positions,), optional
+            Number of each position's domain; all of one domain if None.
+        """
+        self._batch.real, self._batch.domain = real, domain
+
     def take(self, real: Tensor) -> list[Routing]:
         """What each layer did since the last call, which must be one forward pass.
 
@@ -100,17 +145,38 @@ class Recorder:
         return [watch.take(real) for watch in self._watches]
 
 
+@dataclass
+class _Batch:
+    """What the running forward pass holds; the recorder's watches share it."""
+
+    real: Tensor | None = None
+    domain: Tensor | None = None
+
+
 class _Watch:
     """What is heard of one layer."""
 
-    def __init__(self, layer: MoeLayer, *, norms: bool) -> None:
+    def __init__(
+        self,
+        layer: MoeLayer,
+        batch: _Batch,
+        n_experts: int,
+        reader: OutputReader | None,
+        residual: Residual | None,
+    ) -> None:
         self.layer = layer
-        self.capture = capture(layer, self, outputs=norms)
+        self.batch = batch
+        self.n_experts = n_experts
+        self.reader = reader
+        self.residual = residual
+        self.capture = capture(layer, self, outputs=reader is not None)
         self.seen: list[_Seen] = []
         self.handles: Sequence[RemovableHandle] = []
 
     def attach(self) -> None:
         self.handles = self.capture.attach()
+        if self.residual is not None:
+            self.handles = [*self.handles, *self.residual.attach()]
 
     def detach(self) -> None:
         for handle in self.handles:
@@ -120,14 +186,35 @@ class _Watch:
     def routing(self, ids: Tensor, weights: Tensor) -> None:
         self.seen.append(_Seen(ids, weights))
 
-    def outputs(self, slots: Tensor) -> None:
+    def outputs(self, rows: Tensor, places: Tensor) -> None:
+        if self.reader is None:
+            return
         seen = self.seen[-1]
-        seen.norms = torch.linalg.vector_norm(slots, dim=-1, dtype=torch.float32)
-        # The maximum norm, written so that torch vectorises it.
-        seen.peaks = torch.maximum(slots.amax(dim=-1), -slots.amin(dim=-1)).float()
+        if seen.readings is None:
+            seen.readings = Readings.zeros(seen.ids.numel())
+            seen.site, seen.counted = self._sites(seen)
+        which = seen.counted[places].nonzero()[:, 0]
+        found, at = self.reader.read(rows, which, seen.site[places[which]]), places[which].cpu()
+        seen.readings.norm[at], seen.readings.peak[at] = found.norm, found.peak
+        seen.readings.channel[at] = found.channel
+
+    def _sites(self, seen: _Seen) -> tuple[Tensor, Tensor]:
+        """Site of each slot, and whether it counts, (n_positions · top_k,)."""
+        batch, counted = self.batch, self._used(seen)
+        site = torch.where(counted, seen.ids, 0).long()
+        if batch.real is not None:
+            counted = counted & batch.real.to(counted.device)[:, None]
+        if batch.domain is not None:
+            site = site + batch.domain.to(site.device)[:, None] * self.n_experts
+        return site.reshape(-1), counted.reshape(-1)
 
     def total(self, routed: Tensor) -> None:
-        pass
+        if self.residual is not None:
+            self.seen[-1].shift = self.residual.turned(routed)
+
+    def _used(self, seen: _Seen) -> Tensor:
+        # Ids past the experts mean "none" or an identity, and a zero weight uses nothing.
+        return (seen.ids < self.layer.n_experts) & (seen.weights != 0)
 
     def take(self, real: Tensor) -> Routing:
         seen, self.seen = self.seen, []
@@ -141,27 +228,30 @@ class _Watch:
 
     def _routing(self, seen: _Seen, real: Tensor) -> Routing:
         chosen = real.to(seen.ids.device)
-        parts = [seen.ids, seen.weights, seen.norms, seen.peaks]
-        ids, weights, norms, peaks = (None if part is None else part[chosen] for part in parts)
-        if ids is None or weights is None:
-            raise DataError(f"layer {self.layer.layer} saw no routing; use the recorder once")
+        ids, weights, used = seen.ids[chosen], seen.weights[chosen], self._used(seen)[chosen]
         self._check(weights, "routing weights")
-        # Ids past the experts mean "none" or an identity, and a zero weight uses nothing.
-        used = (ids < self.layer.n_experts) & (weights != 0)
+        parts = self._parts(seen, real, used.cpu())
         weights = weights * used
         if bool((weights[:, 1:] > weights[:, :-1]).any()):
             weights, order = weights.sort(dim=-1, descending=True, stable=True)
             ids, used = ids.gather(1, order), used.gather(1, order)
-            norms, peaks = (
-                None if part is None else part.gather(1, order) for part in (norms, peaks)
-            )
-        outputs = []
-        for part in (norms, peaks):
-            outputs.append(None if part is None else (part * used).cpu().numpy())
-            if part is not None:
-                self._check(part[used], "expert outputs")
+            parts = [part.gather(1, order.cpu()) for part in parts]
         expert = (ids * used).cpu().numpy().astype(np.uint16)
-        return Routing(expert, weights.cpu().numpy(), outputs[0], outputs[1])
+        names = ("norm", "peak", "channel")[: len(parts)]
+        columns = {name: part.numpy() for name, part in zip(names, parts, strict=True)}
+        shift = None if seen.shift is None else seen.shift[chosen].cpu().numpy()
+        sums = None if self.reader is None else self.reader.sums
+        return Routing(expert, weights.cpu().numpy(), **columns, shift=shift, sums=sums)
+
+    def _parts(self, seen: _Seen, real: Tensor, used: Tensor) -> list[Tensor]:
+        """Norms, peaks and channels of real tokens."""
+        if seen.readings is None:
+            return []
+        found, chosen = seen.readings, real.cpu()
+        parts = [found.norm, found.peak, found.channel]
+        norm, peak, channel = (part.reshape(seen.ids.shape)[chosen] for part in parts)
+        self._check(norm[used], "expert outputs")
+        return [norm * used, peak * used, channel * used]
 
     def _check(self, values: Tensor, what: str) -> None:
         if not bool(values.isfinite().all()):

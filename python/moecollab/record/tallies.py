@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,121 +13,152 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from moecollab.errors import DataError, SchemaError, ShapeError
+from moecollab.errors import DataError, MissingInputError, SchemaError, ShapeError
 from moecollab.manifest import write_bytes
+from moecollab.record.sums import GROUPS, SUMS, join, names_of, total, zeros
 
-SUMS = ("sum_weight", "sum_weight_sq", "sum_norm", "sum_norm_sq", "sum_weighted_norm")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Tallies:
     """Additive sums over routed tokens, by domain, layer and expert.
 
-    Arrays have shape (n_domains, n_layers, n_experts); without the first axis, and with no
-    domains, in a total. A token counts for an expert when its routing weight is not zero. Where
-    norms were not recorded, what is made of them is zero and `has_norms` is false.
+    Arrays have shape (n_domains, n_layers, n_experts), some with one axis more; without the first
+    axis, and with no domains, in a total. A token counts for an expert when its routing weight is
+    not zero. Sums of shards, domains and machines are joined by :meth:`merge`; the result does
+    not depend on how the tokens were divided, but for rounding in float64.
 
     Parameters
     ----------
     domains : tuple of str
         Names along the first axis.
-    count : int64 array
-        Tokens routed to the expert.
-    sum_weight, sum_weight_sq : float64 array
-        Sums of the routing weight g and of g².
-    sum_norm, sum_norm_sq : float64 array
-        Sums of the output norm ‖f‖, before the weight, and of ‖f‖².
-    sum_weighted_norm : float64 array
-        Sum of g‖f‖.
-    max_abs : float64 array
-        Largest magnitude of an output entry, before the weight.
-    has_norms : bool
-        Whether expert outputs were recorded.
+    arrays : mapping of str to array
+        The sums by name; :data:`moecollab.record.sums.SUMS` says what each is.
+
+    Examples
+    --------
+    >>> tallies = Tallies.zeros(("law", "code"), n_layers=2, n_experts=4)
+    >>> tallies.total()["count"].shape
+    (2, 4)
     """
 
     domains: tuple[str, ...]
-    count: NDArray[np.int64]
-    sum_weight: NDArray[np.float64]
-    sum_weight_sq: NDArray[np.float64]
-    sum_norm: NDArray[np.float64]
-    sum_norm_sq: NDArray[np.float64]
-    sum_weighted_norm: NDArray[np.float64]
-    max_abs: NDArray[np.float64]
-    has_norms: bool = True
+    arrays: Mapping[str, NDArray[Any]]
 
     def __post_init__(self) -> None:
-        """Checks that all arrays have one shape."""
+        """Checks that all arrays have one shape, but for a last axis of their own."""
         shape = self.count.shape
-        for name in (*SUMS, "max_abs"):
-            if getattr(self, name).shape != shape:
-                raise ShapeError(
-                    f"{name} has shape {getattr(self, name).shape}, expected {shape} as count has"
-                )
+        for name, value in self.arrays.items():
+            wanted = len(shape) + bool(SUMS[name].axis)
+            if value.shape[: len(shape)] != shape or value.ndim != wanted:
+                raise ShapeError(f"{name} has shape {value.shape}, but count has {shape}")
         if self.domains and len(self.domains) != shape[0]:
             raise ShapeError(f"tallies of {shape[0]} domains have {len(self.domains)} names")
 
     @classmethod
     def zeros(
-        cls, domains: Sequence[str], n_layers: int, n_experts: int, *, has_norms: bool = True
+        cls,
+        domains: Sequence[str],
+        n_layers: int,
+        n_experts: int,
+        *,
+        groups: Iterable[str] = ("routing", "norms"),
+        width: int = 0,
     ) -> Tallies:
-        """Tallies of no tokens."""
+        """Tallies of no tokens: the sums of some groups, outputs having `width` channels."""
         shape = (len(domains), n_layers, n_experts)
-        sums = {name: np.zeros(shape) for name in (*SUMS, "max_abs")}
-        count = np.zeros(shape, dtype=np.int64)
-        return cls(domains=tuple(domains), count=count, has_norms=has_norms, **sums)
+        return cls(tuple(domains), {name: zeros(name, shape, width) for name in names_of(groups)})
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """One sum by name.
+
+        Raises
+        ------
+        MissingInputError
+            When it was not recorded, with what to ask for.
+        """
+        if name not in self.arrays:
+            group = SUMS[name].group
+            how = "norms=True" if group == "norms" else f"collect={group!r}"
+            raise MissingInputError(f"{name} was not recorded; extract again with {how}")
+        return self.arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a sum was recorded."""
+        return name in self.arrays
+
+    @property
+    def count(self) -> NDArray[np.int64]:
+        """Tokens routed to each expert."""
+        return self.arrays["count"]
+
+    @property
+    def sum_weight(self) -> NDArray[np.float64]:
+        """Sums of the routing weights."""
+        return self["sum_weight"]
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What was recorded, as in :data:`moecollab.record.sums.GROUPS`."""
+        held = {SUMS[name].group for name in self.arrays}
+        return tuple(group for group in GROUPS if group in held)
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether expert outputs were recorded."""
+        return "norms" in self.groups
 
     def total(self) -> Tallies:
-        """Tallies over all domains: arrays of shape (n_layers, n_experts)."""
-        if not self.domains:
-            return self
-        sums = {name: getattr(self, name).sum(axis=0) for name in ("count", *SUMS)}
-        return Tallies(
-            domains=(), max_abs=self.max_abs.max(axis=0), has_norms=self.has_norms, **sums
-        )
+        """Tallies over all domains: arrays of shape (n_layers, n_experts, …)."""
+        return Tallies((), total(self.arrays)) if self.domains else self
 
     def merge(self, other: Tallies) -> Tallies:
-        """Tallies of both inputs together; domains are matched by name."""
+        """Tallies of both inputs together; domains are matched by name.
+
+        Raises
+        ------
+        ShapeError
+            When the two are of different models, or hold different sums.
+        """
         if self.count.shape[-2:] != other.count.shape[-2:]:
             raise ShapeError(
                 f"tallies of {self.count.shape[-2:]} and {other.count.shape[-2:]} layers × experts "
                 "do not belong to the same model"
             )
+        if set(self.arrays) != set(other.arrays):
+            odd = sorted(set(self.arrays) ^ set(other.arrays))
+            raise ShapeError(f"only one of the tallies holds {', '.join(odd)}; record both alike")
         domains = tuple(dict.fromkeys((*self.domains, *other.domains)))
-        first, second = self._spread(domains), other._spread(domains)
-        sums: dict[str, Any] = {name: first[name] + second[name] for name in ("count", *SUMS)}
-        peak = np.maximum(first["max_abs"], second["max_abs"])
-        norms = self.has_norms and other.has_norms
-        return Tallies(domains=domains, max_abs=peak, has_norms=norms, **sums)
+        return Tallies(domains, join(self._spread(domains), other._spread(domains)))
 
     def _spread(self, domains: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         """The arrays along a longer list of domains."""
         if bool(domains) != bool(self.domains):
             raise ShapeError("a total and tallies by domain cannot be merged; merge before total()")
+        if domains == self.domains:
+            return dict(self.arrays)
         rows = [domains.index(domain) for domain in self.domains]
         spread = {}
-        for name in ("count", *SUMS, "max_abs"):
-            value = getattr(self, name)
-            wide = np.zeros((len(domains), *value.shape[1:]), value.dtype) if domains else value
-            if domains:
-                wide[rows] = value
-            spread[name] = wide
+        for name, value in self.arrays.items():
+            spread[name] = np.zeros((len(domains), *value.shape[1:]), value.dtype)
+            spread[name][rows] = value
         return spread
 
-    def as_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """The arrays by name."""
-        return {name: getattr(self, name) for name in ("count", *SUMS, "max_abs")}
-
     def save(self, path: Path) -> None:
-        """Writes safetensors with the domains as metadata."""
-        write_bytes(path, save(self.as_arrays(), metadata=self.metadata()), overwrite=True)
-
-    def metadata(self) -> dict[str, str]:
-        """What a file says about the arrays; one key, since the writer keeps no order."""
-        return {"tallies": json.dumps({"domains": self.domains, "has_norms": self.has_norms})}
+        """Writes safetensors with the domains as metadata, one key, since order is not kept."""
+        about = {"tallies": json.dumps({"domains": self.domains})}
+        write_bytes(path, save(dict(self.arrays), metadata=about), overwrite=True)
 
 
 def load_tallies(path: Path) -> Tallies:
-    """The tallies in a file."""
+    """The tallies in a file.
+
+    Raises
+    ------
+    DataError
+        When the file is missing or damaged.
+    SchemaError
+        When it holds no tallies.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get("tallies", "null"))
@@ -136,8 +167,7 @@ def load_tallies(path: Path) -> Tallies:
         raise DataError(f"{path} does not exist; record the activations again") from cause
     except (SafetensorError, OSError) as cause:
         raise DataError(f"{path} is truncated or damaged; record the activations again") from cause
-    missing = {"count", "max_abs", *SUMS} - set(arrays)
-    if missing or about is None:
-        raise SchemaError(f"{path} lacks {sorted(missing) or 'its domains'}; record again")
-    wanted = {name: arrays[name] for name in ("count", "max_abs", *SUMS)}
-    return Tallies(domains=tuple(about["domains"]), has_norms=about["has_norms"], **wanted)
+    known = {name: arrays[name] for name in SUMS if name in arrays}
+    if about is None or "count" not in known:
+        raise SchemaError(f"{path} holds no counts or no names of domains; record again")
+    return Tallies(tuple(about["domains"]), known)

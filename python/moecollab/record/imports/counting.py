@@ -15,9 +15,10 @@ from moecollab.manifest import MANIFEST, manifest, new_folder, write_json
 from moecollab.record.counts import KIND, VERSION, RoutingCounts, load_counts
 from moecollab.record.imports.dump import CountDump, Findings, Options
 from moecollab.record.schema import TALLIES
-from moecollab.record.tallies import SUMS, Tallies
+from moecollab.record.sums import SCALARS
+from moecollab.record.tallies import Tallies
 
-NAMES = ("count", *SUMS)
+NAMES = SCALARS
 MAX_COUNT = 2.0**53  # whole numbers above it are not exact in float64
 
 
@@ -74,7 +75,7 @@ def add_up(parts: list[Part], options: Options) -> CountDump:
     n_experts = options.experts or max(_widths(part) for part in parts)
     domains = tuple(sorted({options.domain or part.domain for part in parts}))
     shape = (len(domains), len(layers), n_experts)
-    sums = {name: np.zeros(shape) if name in recorded else np.full(shape, np.nan) for name in NAMES}
+    sums = {name: np.zeros(shape) for name in recorded}
     for part in parts:
         if tuple(sorted(part.sums)) != layers:
             raise DataError(f"{part.where} holds layers {sorted(part.sums)}, others {list(layers)}")
@@ -83,7 +84,7 @@ def add_up(parts: list[Part], options: Options) -> CountDump:
             _add(part, layer, {name: sums[name][at, row] for name in recorded})
     known = [part.n_tokens for part in parts if part.n_tokens is not None]
     return CountDump(
-        tallies=_tallies(domains, sums, recorded),
+        tallies=Tallies(domains, sums | {"count": sums["count"].astype(np.int64)}),
         layers=options.layers or layers,
         n_tokens=sum(known) if len(known) == len(parts) else None,
         recorded=recorded,
@@ -114,18 +115,6 @@ def _add(part: Part, layer: int, into: Mapping[str, NDArray[np.float64]]) -> Non
         if name == "count" and ((array != np.floor(array)) | (array > MAX_COUNT)).any():
             raise DataError(f"{part.where} layer {layer} has counts that are not whole numbers")
         target[: len(array)] += array
-
-
-def _tallies(
-    domains: tuple[str, ...], sums: dict[str, NDArray[np.float64]], recorded: tuple[str, ...]
-) -> Tallies:
-    return Tallies(
-        domains=domains,
-        count=sums["count"].astype(np.int64),
-        max_abs=np.full(sums["count"].shape, np.nan),
-        has_norms="sum_weighted_norm" in recorded,
-        **{name: sums[name] for name in SUMS},
-    )
 
 
 def write_counts(

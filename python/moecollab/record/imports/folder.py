@@ -17,7 +17,7 @@ from moecollab.record.recorder import Routing
 from moecollab.record.schema import KIND, VERSION
 from moecollab.record.shards import Arrays, ShardStore, merge_shards
 from moecollab.record.tallies import Tallies
-from moecollab.record.tallying import tally
+from moecollab.record.tallying import Tokens, tally
 from moecollab.record.windows import Sample, group_shards
 
 NOT_RECORDED = "<not recorded>"
@@ -47,15 +47,16 @@ def write_activations(
     samples, named = _samples(checked)
     domains = sorted({sample.document.domain for sample in samples})
     lengths = [len(sample.ids) for sample in samples]
-    of_sample = [domains.index(sample.document.domain) for sample in samples]
-    domain_of, first = np.repeat(of_sample, lengths), np.cumsum([0, *lengths])
+    first = np.cumsum([0, *lengths])
     shards = group_shards(samples)
-    total = Tallies.zeros(domains, len(checked.layers), checked.n_experts, has_norms=False)
+    total = Tallies.zeros(domains, len(checked.layers), checked.n_experts, groups=("routing",))
     with track("import", int(first[-1])) as bar:
         for number, shard in enumerate(shards):
             span = slice(int(first[shard.start]), int(first[shard.stop]))
             routing = _write_shard(checked, store, number, span)
-            total = total.merge(tally(domains, domain_of[span], routing, checked.n_experts))
+            tokens = Tokens.of([samples[index] for index in shard], domains)
+            added = tally(domains, tokens, routing, checked.n_experts, ("routing",))
+            total = total.merge(added)
             bar.advance(span.stop - span.start)
     merge_shards(store, len(shards), samples, total, _vocabulary(samples, named=named))
     return load_activations(target)
@@ -106,7 +107,7 @@ def _write_shard(checked: Checked, store: ShardStore, number: int, span: slice) 
     for row, layer in enumerate(checked.layers):
         expert = np.ascontiguousarray(checked.expert[span, row])
         weight = np.ascontiguousarray(checked.weight[span, row])
-        routing.append(Routing(expert, weight, None, None))
+        routing.append(Routing(expert, weight))
         arrays |= {f"expert.{layer}": expert, f"weight.{layer}": weight}
     store.write(number, arrays)
     return routing
