@@ -9,10 +9,17 @@ import time
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch.nn import functional
 
 import models
-from moecollab.errors import DataError, OutputExistsError, SettingsError, UnsupportedModelError
+from moecollab.errors import (
+    DataError,
+    OutputExistsError,
+    SettingsError,
+    StaleInputError,
+    UnsupportedModelError,
+)
 from moecollab.manifest import digest_file
 from moecollab.models.loading import load_model
 from moecollab.models.routing import find_moe_layers
@@ -212,16 +219,35 @@ def test_killed_run_resumes_with_the_same_bytes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["acts", "whole"]
 
 
-def test_other_settings_start_over(model_folder, texts, tmp_path, monkeypatch, small_shards):
+def test_other_settings_are_refused_or_start_over(
+    model_folder, texts, tmp_path, monkeypatch, small_shards
+):
     with monkeypatch.context() as patch:
         kill_after(patch, 1)
         with pytest.raises(Killed):
             extract(model_folder, texts, out=tmp_path / "acts")
+    changed = r"settings.norms \(True, now False\), settings.tokens \(None, now 100\); repeat"
+    with pytest.raises(StaleInputError, match=changed):
+        extract(model_folder, texts, out=tmp_path / "acts", norms=False, tokens=100)
+    with pytest.raises(StaleInputError, match=r"with another inputs.corpus, inputs.tokens; repeat"):
+        extract(model_folder, texts[1:], out=tmp_path / "acts")
     with monkeypatch.context() as patch:
         done = kill_after(patch, 9)
-        acts = extract(model_folder, texts, out=tmp_path / "acts", norms=False)
+        acts = extract(model_folder, texts, out=tmp_path / "acts", norms=False, overwrite=True)
     assert len(done) == 4
     assert not acts.has_norms
+
+
+def test_another_process_in_the_same_folder_is_refused(model_folder, texts, tmp_path):
+    partial = tmp_path / ".acts.partial"
+    partial.mkdir()
+    with (
+        FileLock(partial / "lock"),
+        pytest.raises(DataError, match="another process is recording into"),
+    ):
+        extract(model_folder, texts, out=tmp_path / "acts")
+    assert extract(model_folder, texts, out=tmp_path / "acts").n_tokens
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["acts"]
 
 
 def test_damaged_shard_is_made_again(model_folder, texts, tmp_path, monkeypatch, small_shards):

@@ -105,9 +105,10 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     """Records which experts a model uses on a text, with what weights and effect.
 
     A run that was killed goes on where it stopped when it is started again with the same model,
-    text and settings, and ends with the same bytes; with others it starts over. Each document is
-    read on its own; one longer than the context is cut into consecutive windows, each read from an
-    empty context, and positions go on from window to window.
+    text and settings, and ends with the same bytes; with others it is an error that says what
+    changed, unless it may be overwritten. Each document is read on its own; one longer than the
+    context is cut into consecutive windows, each read from an empty context, and positions go on
+    from window to window.
 
     Parameters
     ----------
@@ -146,6 +147,9 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         When the model is dense or its family is not known.
     OutputExistsError
         When `out` is there and `overwrite` is false.
+    StaleInputError
+        When a run into `out` was stopped that had another model, text or other settings, and
+        `overwrite` is false.
     """
     settings = Settings(
         tokens=tokens,
@@ -170,7 +174,8 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     was_training = loaded.training
     loaded.eval()
     try:
-        _record(run, samples, ShardStore(target, about))
+        with ShardStore(target, about, overwrite) as store:
+            _record(run, samples, store)
     finally:
         loaded.train(was_training)
     return load_activations(target)
@@ -201,7 +206,6 @@ def collected(asked: str | Sequence[str]) -> tuple[str, ...]:
 
 def _record(run: _Run, samples: Sequence[Sample], store: ShardStore) -> None:
     """Records what is not recorded yet, shard by shard, and puts the result in its place."""
-    store.open()
     domains = sorted({sample.document.domain for sample in samples})
     shards = group_shards(samples)
     total: Tallies | None = None

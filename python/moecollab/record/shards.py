@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
 import polars as pl
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from moecollab.errors import DataError
+from moecollab.errors import DataError, StaleInputError
 from moecollab.manifest import MANIFEST, read_json, replace_folder, write_bytes, write_json
 from moecollab.record.schema import (
     SAMPLE_COLUMNS,
@@ -32,6 +35,7 @@ from moecollab.record.tallies import Tallies
 from moecollab.record.windows import Sample
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
+_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -43,28 +47,78 @@ class ShardStore:
     target : Path
         Where the finished recording goes; the work folder lies beside it.
     manifest : dict
-        Manifest of the recording. Shards of another manifest are thrown away.
+        Manifest of the recording.
+    overwrite : bool
+        Whether shards of another manifest are thrown away.
     """
 
     target: Path
     manifest: dict[str, Any]
+    overwrite: bool = False
 
     @property
     def folder(self) -> Path:
         """The work folder."""
         return self.target.parent / f".{self.target.name}.partial"
 
-    def open(self) -> None:
-        """Keeps shards of a killed run with the same settings, and nothing else."""
+    def __enter__(self) -> ShardStore:
+        """Takes the work folder, with the shards of a killed run with the same settings.
+
+        Raises
+        ------
+        DataError
+            When another process works there.
+        StaleInputError
+            When a run with another model, text or other settings was killed, saying what changed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as cause:
+            raise DataError(
+                f"another process is recording into {self.target}; wait until it ends, or choose "
+                "another folder"
+            ) from cause
+        try:
+            self._prepare()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+    @cached_property
+    def _lock(self) -> FileLock:
+        return FileLock(self.folder / "lock", timeout=0)
+
+    def _prepare(self) -> None:
+        """Keeps the shards of this manifest; those of another are refused or removed."""
         note = self.folder / MANIFEST
         try:
-            same = note.exists() and read_json(note) == self.manifest
+            before = read_json(note) if note.exists() else None
         except DataError:
-            same = False
-        if not same:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
-            write_json(note, self.manifest, overwrite=True)
+            before = None
+        if before == self.manifest:
+            return
+        if before is not None and not self.overwrite:
+            raise StaleInputError(
+                f"a recording into {self.target} was stopped half way, with another "
+                f"{_changes(before, self.manifest)}; repeat it as it was to go on, or pass "
+                "overwrite=True (--overwrite) to start over"
+            )
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path != Path(self._lock.lock_file):
+                path.unlink()
+        write_json(note, self.manifest, overwrite=True)
 
     def read(self, number: int, names: Sequence[str] | None = None) -> Arrays | None:
         """Arrays of a shard, all or some, or None when it is not done or not readable."""
@@ -88,6 +142,20 @@ class ShardStore:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.safetensors"
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> str:
+    """What differs between two manifests, for a message."""
+    found = []
+    for name in sorted(set(before) | set(now)):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.append(_changes(old, new, f"{path}{name}."))
+        elif old != new:
+            shown = f" ({old!r}, now {new!r})"
+            digest = path == "inputs." or len(shown) > _SHOWN
+            found.append(f"{path}{name}{'' if digest else shown}")
+    return ", ".join(filter(None, found))
 
 
 def merge_shards(

@@ -42,8 +42,15 @@ def write_activations(
     settings : dict
         What the user said about them.
     """
-    store = ShardStore(target, _manifest(checked, source, digest, settings))
-    store.open()
+    about = _manifest(checked, source, digest, settings)
+    # Nothing is lost by starting an import over.
+    with ShardStore(target, about, overwrite=True) as store:
+        _write(checked, store)
+    return load_activations(target)
+
+
+def _write(checked: Checked, store: ShardStore) -> None:
+    """Writes the columns of all tokens, their sums and what belongs to them."""
     samples, named = _samples(checked)
     domains = sorted({sample.document.domain for sample in samples})
     lengths = [len(sample.ids) for sample in samples]
@@ -59,7 +66,6 @@ def write_activations(
             total = total.merge(added)
             bar.advance(span.stop - span.start)
     merge_shards(store, len(shards), samples, total, _vocabulary(samples, named=named))
-    return load_activations(target)
 
 
 def _manifest(

@@ -1,0 +1,94 @@
+"""Kills recordings of the embedded model at random moments; run by test_kills.py.
+
+Children are forked from a process that has imported everything and run nothing, so that a run
+takes a second or two. Prints what happened as JSON.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from moecollab.demo.demo import MODEL
+from moecollab.manifest import digest_file
+from moecollab.record import extraction, windows
+
+N_DOCUMENTS, SHARD = 30, 400
+
+
+def record(target: Path) -> None:
+    """One recording, in many small shards."""
+    torch.set_num_threads(1)  # other numbers may round differently
+    group = windows.group_shards
+    extraction.group_shards = lambda samples: group(samples, SHARD)
+    texts = [
+        {
+            "text": f"Question {i}: what is {i} times {i + 7}? " * 12,
+            "domain": "odd" if i % 2 else "even",
+        }
+        for i in range(N_DOCUMENTS)
+    ]
+    extraction.extract(MODEL, texts, out=target, collect="shift,pairs,vocabulary")
+
+
+def start(target: Path) -> int:
+    """A child that records."""
+    child = os.fork()
+    if child == 0:
+        try:
+            record(target)
+        finally:
+            os._exit(int(sys.exc_info()[0] is not None))
+    return child
+
+
+def ended(child: int, seconds: float) -> int | None:
+    """Exit status of a child that ended in this time."""
+    until = time.monotonic() + seconds
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            return None
+        time.sleep(0.002)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of all files."""
+    return {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+
+
+def main(folder: Path, n_kills: int, seed: int) -> None:
+    """Kills and goes on until there were enough kills, comparing every recording that ends."""
+    rng = random.Random(seed)
+    began = time.monotonic()
+    if ended(start(folder / "whole"), 600) != 0:
+        raise SystemExit("the undisturbed recording failed")
+    took = time.monotonic() - began
+    whole, found = digests(folder / "whole"), {"kills": 0, "equal": 0, "unequal": 0, "failed": 0}
+    while found["kills"] < n_kills:
+        target = folder / f"run{found['equal'] + found['unequal'] + found['failed']}"
+        while True:
+            child = start(target)
+            status = ended(child, rng.uniform(0, took))
+            if status is not None:
+                break
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            found["kills"] += 1
+        left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        same = status == 0 and digests(target) == whole and not left
+        found["failed" if status else "equal" if same else "unequal"] += 1
+        shutil.rmtree(target, ignore_errors=True)
+    sys.stdout.write(json.dumps(found | {"seconds": round(took, 2)}) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
