@@ -289,3 +289,26 @@ def test_tokens_of_images_are_refused(model):
         model(**inputs, moe_mm_token_type_ids=kinds)
         with pytest.raises(DataError, match="saw 21 rows in 1 calls for 24 positions"):
             recorder.take(real)
+
+
+@pytest.mark.parametrize("name", ["laguna", "llama4_text", "jetmoe", "cohere2_moe/averaged"])
+def test_shift_is_of_what_the_block_adds(model, name):
+    layers, inputs = find_moe_layers(model), zoo.batch()
+    norms = "input_layernorm" if name.startswith("cohere") else "post_attention_layernorm"
+    streams, handles = [], []
+    for layer in layers:
+        norm = getattr(model.model.layers[layer.layer], norms)
+        hook = norm.register_forward_pre_hook(lambda _m, args: streams.append(args[0].clone()))
+        handles.append(hook)
+    spies, _ = spied(layers, model, inputs)
+    for handle in handles:
+        handle.remove()
+    real = torch.ones(24, dtype=torch.bool)
+    with torch.inference_mode(), Recorder(layers, norms=True, shift=model) as recorder:
+        model(**inputs)
+        seen = recorder.take(real)
+    for layer, spy, stream, one in zip(layers, spies, streams, seen, strict=True):
+        flat = stream.reshape(-1, stream.shape[-1])
+        cosine = torch.cosine_similarity(flat, flat + layer.scale * spy.output, dim=-1)
+        found = torch.from_numpy(one.shift)
+        torch.testing.assert_close(found, 1 - cosine, rtol=0, atol=1e-5)
