@@ -1,4 +1,5 @@
-# make demo: everything from set-up to the report.  make test: set-up and every test.
+# make demo: everything from set-up to the report.  make test: set-up and every test;
+# make test-all: the same for every family of models.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,7 @@ DIGEST := $(shell cat pyproject.toml Cargo.toml Makefile | cksum | tr ' ' '-')
 RUST_SOURCES := $(shell find rust -name '*.rs') Cargo.toml Cargo.lock pyproject.toml
 PY_ENV := PATH="$(abspath $(BIN)):$$PATH" VIRTUAL_ENV="$(abspath $(VENV))" HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PIP_QUIET=1
 
-.PHONY: demo test dev fmt lint types bench docs ci clean
+.PHONY: demo test test-all dev fmt lint types bench docs ci clean
 
 demo: $(VENV)/.installed
 	$(PY_ENV) moecollab demo --out demo-run --overwrite
@@ -14,6 +15,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.developed
 	cargo test --quiet
 	$(PY_ENV) python -m pytest
+
+# The same, with every family of models instead of a spread of them.
+test-all: $(VENV)/.developed
+	cargo test --quiet
+	$(PY_ENV) python -m pytest --all-families
 
 dev: $(VENV)/.developed
 

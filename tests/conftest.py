@@ -78,3 +78,11 @@ def logits():
             return model(input_ids=ids).logits.clone()
 
     return run
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-families",
+        action="store_true",
+        help="try every Mixture-of-Experts family of transformers, not a spread of them",
+    )

@@ -1,9 +1,5 @@
 """Finding MoE layers in every family, and the errors for other models."""
 
-import importlib.util
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -13,13 +9,10 @@ from moecollab.errors import DataError, SettingsError, UnsupportedModelError
 from moecollab.models.keep import Keep
 from moecollab.models.layout import BUILT_IN, Layout
 from moecollab.models.masked import Mask
-from moecollab.models.registry import families, layout_of, register_layout, unregister_layout
+from moecollab.models.registry import families, register_layout, unregister_layout
 from moecollab.models.routing import Call, find_moe_layers, takes_routing
 from moecollab.pruning.pruning import prune
 from moecollab.record.recorder import Recorder
-
-SHARED = Path(os.environ.get("MOECOLLAB_SHARED", Path(__file__).parents[2] / "shared"))
-ZOO = SHARED / "tools" / "zoo.py"
 
 
 def test_layers_of_each_family(family):
@@ -40,6 +33,14 @@ def test_known_family_without_moe_layers_is_dense():
         find_moe_layers(models.build("qwen3_moe", mlp_only_layers=[0, 1, 2]))
 
 
+def test_experts_that_are_called_otherwise_are_not_taken_for_a_dense_model():
+    model = models.build("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.Linear(32, 32)])
+    with pytest.raises(UnsupportedModelError, match="not called with ids and weights, as those of"):
+        find_moe_layers(model)
+
+
 def test_unknown_family_lists_the_known_and_how_to_add_one():
     model = models.build("mixtral")
     model.config.model_type = "brand_new"
@@ -49,6 +50,7 @@ def test_unknown_family_lists_the_known_and_how_to_add_one():
     assert "MixtralForCausalLM (model_type 'brand_new')" in message
     assert all(family in message for family in families())
     assert "register_layout" in message
+    assert "docs/models.md" in message
 
 
 def test_module_without_a_config():
@@ -148,60 +150,3 @@ def test_arguments_are_told_apart_by_dtype():
 def test_call_without_ids():
     with pytest.raises(UnsupportedModelError, match="0 integer and 2 floating tensors"):
         Call.read((torch.ones(2, 2), torch.ones(2, 2)), {})
-
-
-def zoo_module():
-    spec = importlib.util.spec_from_file_location("zoo", ZOO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(not ZOO.exists(), reason="needs the shared models")
-def test_every_known_family():
-    zoo = zoo_module()
-    torch.set_num_threads(1)
-    seen, failed = set(), {}
-    for name in zoo.ZOO:
-        try:
-            seen.add(layout_of(zoo.make_config(name).model_type, name).family)
-        except UnsupportedModelError:
-            continue
-        try:
-            check_family(zoo, name)
-        except Exception as error:  # noqa: BLE001 (all families are tried, then shown together)
-            failed[name] = repr(error)
-    assert not failed
-    # `step3p7` is the name of the whole model, whose text part is called otherwise.
-    assert set(BUILT_IN) - seen <= {"step3p7"}
-
-
-def check_family(zoo, name):
-    model, inputs = zoo.build(name), zoo.inputs(name)
-    with torch.inference_mode():
-        full = zoo.out_logits(model(**inputs)).clone()
-        layers = find_moe_layers(model)
-        for norms in (False, True):
-            with Recorder(layers, norms=norms) as recorder:
-                again = zoo.out_logits(model(**inputs))
-                torch.testing.assert_close(again, full, rtol=0, atol=1e-5)
-                recorder.take(torch.ones(24, dtype=torch.bool))
-        if layers[0].layout.fixed:
-            return
-        keep = zoo_keep(layers)
-        with Mask(model, keep):
-            masked = zoo.out_logits(model(**inputs)).clone()
-        assert torch.equal(zoo.out_logits(model(**inputs)), full)
-        pruned = zoo.out_logits(prune(model, keep)(**inputs))
-        torch.testing.assert_close(pruned, masked, rtol=0, atol=1e-5)
-
-
-def zoo_keep(layers):
-    """Two of eight experts go; with four groups of two, none can."""
-    groups = getattr(layers[0].router, "num_group", None) or 1
-    limited = groups > 1 and getattr(layers[0].router, "topk_method", "") != "greedy"
-    gone = set() if limited and groups == 4 else {1, 4}
-    kept = tuple(expert for expert in range(layers[0].n_experts) if expert not in gone)
-    return Keep({layer.layer: kept for layer in layers}, layers[0].n_experts, layers[0].top_k)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import UnsupportedModelError
+from moecollab.models.expert_modules import ModulesCapture
 from moecollab.models.routing import Call, MoeLayer
+from moecollab.models.special import ScaledInputCapture, SortedCapture
 from moecollab.models.tap import TappedWeights
 
 
@@ -159,6 +161,9 @@ class ExpandedCapture:
 CAPTURES: dict[str, Callable[..., Capture]] = {
     "container": ContainerCapture,
     "expanded": ExpandedCapture,
+    "scaled_input": ScaledInputCapture,
+    "sorted": SortedCapture,
+    "modules": ModulesCapture,
 }
 """Ways of listening, by the name that a layout gives them."""
 

@@ -113,6 +113,15 @@ def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:
         _check_layer(keep, layer)
 
 
+def check_cut(layers: Sequence[MoeLayer]) -> None:
+    """Raises UnsupportedModelError when experts can be masked but not cut."""
+    layout = layers[0].layout
+    if layout.uncut:
+        raise UnsupportedModelError(
+            f"experts of {layout.family} cannot be cut yet: {layout.uncut}; masking works"
+        )
+
+
 def _check_layer(keep: Keep, layer: MoeLayer) -> None:
     kept = keep.keep[layer.layer]
     if keep.n_experts != layer.n_experts:
@@ -135,19 +144,20 @@ def _check_layer(keep: Keep, layer: MoeLayer) -> None:
 
 def _check_groups(kept: tuple[int, ...], layer: MoeLayer) -> None:
     """Nothing upstream checks this: unequal groups run, and choose other experts."""
-    n_groups = getattr(layer.router, "num_group", None) or 1
-    if n_groups == 1 or getattr(layer.router, "topk_method", "") == "greedy":
+    router = layer.router
+    n_groups = getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
+    if n_groups == 1 or getattr(router, "topk_method", "") == "greedy":
         return
     size = layer.n_experts // n_groups
     counts = [sum(expert // size == group for expert in kept) for group in range(n_groups)]
-    chosen = getattr(layer.router, "topk_group", None) or n_groups
+    chosen = getattr(router, "topk_group", None) or n_groups
     if len(set(counts)) > 1:
         raise PlanError(
             f"layer {layer.layer} keeps {counts} experts in its {n_groups} router groups; "
             "a group-limited router needs the same number in every group"
         )
     # A router with a `topk_method` scores a group by its best expert, the others by the best two.
-    scored_by = 1 if hasattr(layer.router, "topk_method") else 2
+    scored_by = 1 if hasattr(router, "topk_method") else 2
     if counts[0] < scored_by or counts[0] * chosen < layer.top_k:
         raise PlanError(
             f"layer {layer.layer} keeps {counts[0]} experts in each router group, but groups are "

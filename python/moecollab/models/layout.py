@@ -1,15 +1,20 @@
 """Where routers and experts live in each model family: data, one row per family.
 
-Capture needs none of this: routed experts are containers called with
-``(hidden_states, top_k_index, top_k_weights)`` and are found by that signature. A layout says what
-must be cut, in the router and in the container, when experts go.
+Most routed experts are containers called with ``(hidden_states, top_k_index, top_k_weights)``,
+which says all that recording needs; a layout names the families that do otherwise. It also says
+what must be cut, in the router and in the container, when experts go.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from moecollab.errors import SettingsError
+
+CONTAINERS = ("container", "expanded")
+"""Ways of listening for which a container is called with hidden states, ids and weights."""
 
 _GATE = ("gate.weight",)
 _BIASED_GATE = ("gate.weight", "gate.e_score_correction_bias")
@@ -23,6 +28,7 @@ COUNTS = (
     "moe_num_experts",
     "total_experts",
     "n_total_experts",
+    "num_router_classes",
     "out_features",
 )
 """Attributes of routers, containers and blocks that cache the number of experts."""
@@ -48,7 +54,7 @@ class Layout:
     router : str
         The module that scores the experts.
     experts : str
-        The container that is called with ids and weights.
+        The container that is called with ids and weights, or the list of experts.
     tensors : tuple of str
         Tensors of the container with one slice per expert along dimension 0.
     flat : bool
@@ -58,8 +64,20 @@ class Layout:
         ``top_k`` of its own.
     capture : str
         How the experts are listened to; a key of :data:`moecollab.models.capture.CAPTURES`.
+    routing : callable, optional
+        For ``capture="modules"`` where the router does not return ids and weights: a function of
+        the block and of what its router returned that gives both, each (n_positions, top_k).
+    scale : str
+        Attribute of the block with a factor on the weighted sum of the outputs, where the weights
+        do not hold it; or with ``"average"`` where the sum is averaged with shared experts.
+    live_count : bool
+        Whether the router reads `count` from its own ``config`` while it runs.
     fixed : str
         Why experts cannot be masked or cut yet; empty where they can.
+    uncut : str
+        Why experts can be masked but not cut yet; empty where they can.
+    remark : str
+        What else a reader of the table in ``docs/models.md`` should know.
     """
 
     family: str
@@ -78,13 +96,23 @@ class Layout:
     flat: bool = False
     top_k: str = "num_experts_per_tok"
     capture: str = "container"
+    routing: Callable[[Any, Any], tuple[Any, Any]] | None = None
+    scale: str = ""
+    live_count: bool = False
     fixed: str = ""
+    uncut: str = ""
+    remark: str = ""
 
     def __post_init__(self) -> None:
         """Refuses a layout without a name, a count or router rows."""
         for name in ("family", "count", "rows", "experts"):
             if not getattr(self, name):
                 raise SettingsError(name, getattr(self, name), "given in a layout")
+
+    @property
+    def container(self) -> bool:
+        """Whether `experts` is called with hidden states, ids and weights."""
+        return self.capture in CONTAINERS
 
 
 def _rows(count: str, rows: tuple[str, ...], router: str, *families: str) -> list[Layout]:
@@ -94,7 +122,7 @@ def _rows(count: str, rows: tuple[str, ...], router: str, *families: str) -> lis
 _PLAIN = [
     *_rows("num_experts", _GATE, "gate", "qwen2_moe", "qwen3_next", "qwen3_5_moe"),
     *_rows("num_experts", _GATE, "gate", "qwen4_exp", "olmoe", "flex_olmo"),
-    *_rows("num_experts", _GATE, "gate", "cohere2_moe", "flint", "qwen3_omni_moe"),
+    *_rows("num_experts", _GATE, "gate", "flint", "qwen3_omni_moe"),
     *_rows("num_local_experts", _GATE, "gate", "mixtral", "qwen3_moe", "qwen3_vl_moe"),
     *_rows("num_local_experts", _GATE, "gate", "minimax", "mellum"),
     *_rows("n_routed_experts", _GATE, "gate", "deepseek_v2", "mistral4", "mistral_large4"),
@@ -105,24 +133,37 @@ _BIASED = [
     *_rows("n_routed_experts", _BIASED_GATE, "gate", "deepseek_v3", "deepseek_v32"),
     *_rows("n_routed_experts", _BIASED_GATE, "gate", "glm4_moe", "glm4_moe_lite"),
     *_rows("n_routed_experts", _BIASED_GATE, "gate", "glm_moe_dsa", "glm4v_moe", "glm5_next"),
-    *_rows("n_routed_experts", _BIASED_GATE, "gate", "dots1", "dots3_note", "nemotron_h"),
+    *_rows("n_routed_experts", _BIASED_GATE, "gate", "dots1", "dots3_note"),
     *_rows("n_routed_experts", _BIASED_GATE, "gate", "solar_open", "axk1", "axk2", "hy_v4"),
     *_rows("n_routed_experts", _BIASED_GATE, "gate", "inkling", "inkling2", "mimo_v2_flash"),
-    *_rows("n_routed_experts", _BIASED_GATE, "gate", "step3p7", "step3p5"),
     *_rows("num_experts", _BIASED_GATE, "gate", "bailing_hybrid", "kimi_linear", "exaone_moe"),
-    *_rows("num_experts", _BIASED_GATE, "gate", "beam", "laguna"),
-    *_rows("num_local_experts", _BIASED_GATE, "gate", "kolibri1", "minimax_m3_vl"),
-    *_rows("num_local_experts", _BIASED_GATE, "gate", "muse_spark"),
+    *_rows("num_local_experts", _BIASED_GATE, "gate", "kolibri1"),
+]
+
+_SCALED = [
+    Layout(
+        family=family,
+        count=count,
+        rows=_BIASED_GATE,
+        scale="routed_scaling_factor",
+        remark="a factor is applied after the weighted sum: the layer's `scale`",
+    )
+    for family, count in (
+        ("beam", "num_experts"),
+        ("laguna", "num_experts"),
+        ("minimax_m3_vl", "num_local_experts"),
+        ("step3p5", "n_routed_experts"),
+        ("step3p7", "n_routed_experts"),
+    )
 ]
 
 _ROUTED = [
     *_rows("num_local_experts", _ROUTER, "router", "phimoe", "granitemoe", "granitemoeshared"),
     *_rows("num_local_experts", _ROUTER, "router", "granitemoe_swa", "granitemoehybrid"),
     *_rows("num_experts", _ROUTER, "router", "jamba"),
-    *_rows("moe_num_experts", _ROUTER, "router", "aria_text"),
 ]
 
-_SPECIAL = [
+_NAMED = [
     Layout(
         family="gpt_oss",
         count="num_local_experts",
@@ -134,6 +175,8 @@ _SPECIAL = [
         count="num_local_experts",
         rows=("router.weight", "router.bias"),
         router="router",
+        scale="num_experts",
+        remark="weights are shares of 1 / top_k, undone after the sum: the layer's `scale`",
     ),
     Layout(
         family="ernie4_5_moe",
@@ -171,21 +214,100 @@ _SPECIAL = [
         flat=True,
         top_k="ffn_config.moe_top_k",
     ),
+]
+
+_SPECIAL = [
     Layout(
         family="deepseek_v4",
         count="n_routed_experts",
         rows=_BIASED_GATE,
+        remark="layers that choose by token id are recorded like others",
         fixed="its hash layers choose experts by token id from a table",
     ),
     Layout(
         family="zaya",
         count="num_experts",
         rows=("gate.router_mlp.out_proj.weight", "gate.balancing_biases"),
-        fixed="its router reads the number of experts from the configuration while it runs",
+        live_count=True,
+        remark="the skip expert is a slot that was not used",
+    ),
+    Layout(
+        family="llama4",
+        count="num_local_experts",
+        rows=("router.weight",),
+        router="router",
+        capture="scaled_input",
+        remark="the weight multiplies the expert's input; recorded outputs are f(weight · x) / "
+        "weight, so that weight times output is what the expert adds",
+    ),
+    Layout(
+        family="jetmoe",
+        count="num_local_experts",
+        rows=("mlp.router.layer.weight",),
+        router="mlp.router",
+        experts="mlp",
+        tensors=("input_linear.weight", "output_linear.weight"),
+        capture="sorted",
+        remark="the experts of the MLP; those of the attention are not recorded",
+        uncut="its attention has experts too, and their number is the same setting",
+    ),
+    Layout(
+        family="longcat_flash",
+        count="n_routed_experts",
+        rows=(
+            "router.classifier.weight",
+            "router.classifier.bias",
+            "router.e_score_correction_bias",
+        ),
+        router="router",
+        top_k="moe_topk",
+        remark="an identity expert is a slot that was not used; the weighted sum holds it",
+    ),
+    Layout(
+        family="ernie4_5_vl_moe",
+        count="moe_num_experts",
+        rows=("text_moe.gate.weight", "text_moe.gate.moe_statics.e_score_correction_bias"),
+        router="text_moe.gate",
+        experts="text_moe.experts",
+        top_k="moe_k",
+        remark="the experts for text, on input without images",
+        uncut="its experts for images are as many, by the same setting",
+    ),
+    Layout(
+        family="cohere2_moe",
+        count="num_experts",
+        scale="shared_expert_combination_strategy",
+        remark="where shared experts are averaged in, the layer's `scale` is a half",
+    ),
+    Layout(
+        family="aria_text",
+        count="moe_num_experts",
+        rows=_ROUTER,
+        router="router",
+        remark="with transformers 5.18 or newer",
+    ),
+    Layout(
+        family="muse_spark",
+        count="num_local_experts",
+        rows=_BIASED_GATE,
+        remark="outputs are in the experts' own space, after their norm",
+    ),
+    Layout(
+        family="nemotron_h",
+        count="n_routed_experts",
+        rows=_BIASED_GATE,
+        remark="with a latent size, outputs are in that space",
     ),
 ]
 
 BUILT_IN: dict[str, Layout] = {
-    layout.family: layout for layout in (*_PLAIN, *_BIASED, *_ROUTED, *_SPECIAL)
+    layout.family: layout for layout in (*_PLAIN, *_BIASED, *_SCALED, *_ROUTED, *_NAMED, *_SPECIAL)
 }
 """The layouts that come with the package, by family."""
+
+REFUSED: dict[str, str] = {
+    "doge": "its experts are rows of embeddings that are looked up by product keys, not networks",
+    "switch_transformers": "it is an encoder and decoder, and drops tokens past a capacity",
+    "nllb-moe": "it is an encoder and decoder, and drops tokens past a capacity",
+}
+"""Families of transformers that route, and why they cannot be recorded."""

@@ -12,7 +12,12 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -191,9 +196,9 @@ def open_config(path: str, *, moe: bool) -> Any:  # noqa: ANN401 (transformers i
 
 
 def _load_weights(path: str, dtype: str, *, moe: bool, **placed: Any) -> Any:  # noqa: ANN401
-    open_config(path, moe=moe)
+    config = open_config(path, moe=moe)
     with explained(path), quiet():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = _auto_class(config).from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed
         )
     missing = sorted(report["missing_keys"])
@@ -209,20 +214,33 @@ def _load_weights(path: str, dtype: str, *, moe: bool, **placed: Any) -> Any:  #
 def _config(path: str) -> Any:  # noqa: ANN401 (transformers is untyped)
     """The configuration of a model; one that transformers does not know is our own error."""
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, KeyError):
         file = Path(path) / "config.json"
-        named = read_json(file).get("model_type") if file.is_file() else None
+        found = read_json(file) if file.is_file() else {}
+        named = found.get("model_type")
         if isinstance(named, str) and named not in CONFIG_MAPPING:
             layout_of(named, f"the model in {path}")
+        if "auto_map" in found:
+            raise DataError(
+                f"{path} brings its own code, which is not run unasked; load it with "
+                "AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True) and pass the model"
+            ) from None
         raise
+
+
+def _auto_class(config: Any) -> Any:  # noqa: ANN401
+    """What builds the model of a configuration: with text alone or, if it must be, images."""
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    seeing = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if seeing and not known else AutoModelForCausalLM
 
 
 def skeleton(config: Any, **settings: Any) -> Any:  # noqa: ANN401
     """The model of a configuration without weights, on the meta device."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **settings)
+            return _auto_class(config).from_config(config, **settings)
     except ValueError as cause:
         raise DataError(
             f"{type(config).__name__} is not the configuration of a causal language model; "

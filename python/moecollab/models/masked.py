@@ -14,14 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import DataError
 from moecollab.manifest import read_json
 from moecollab.models.keep import Keep, check_keep, keep_from_json
-from moecollab.models.routing import Call, MoeLayer, find_moe_layers
+from moecollab.models.remap import remap
+from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, slice_router, undo
 
 MASK_FILE = "moecollab.json"
@@ -55,8 +55,8 @@ class Mask:
             raise
 
     def _mask_layer(self, layer: MoeLayer, kept: Sequence[int]) -> None:
-        self._changes += slice_router(layer, kept)
-        self._handles.append(_map_ids(layer, kept))
+        self._changes += slice_router(layer, kept, block=layer.layout.container)
+        self._handles.append(remap(layer, kept))
 
     def remove(self) -> None:
         """Restores the very tensors the model had; a second call does nothing."""
@@ -86,44 +86,13 @@ class Mask:
 @contextmanager
 def layer_masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
     """Masks one layer, whose weights must be there, while the block runs."""
-    changes = slice_router(layer, kept)
-    handle = _map_ids(layer, kept)
+    changes = slice_router(layer, kept, block=layer.layout.container)
+    handle = remap(layer, kept)
     try:
         yield
     finally:
         handle.remove()
         undo(changes)
-
-
-def _map_ids(layer: MoeLayer, kept: Sequence[int]) -> RemovableHandle:
-    """Gives the experts the original ids of the kept ones that a cut router names."""
-    hook = _IdMap(kept, layer.n_experts)
-    # First of all hooks, so that whoever watches the container sees the original ids.
-    return layer.experts.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-
-
-class _IdMap:
-    """A pre-hook that turns ids among the kept experts into original ids."""
-
-    def __init__(self, kept: Sequence[int], n_experts: int) -> None:
-        self.original = torch.tensor(list(kept))
-        self.n_experts = n_experts
-
-    def __call__(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Maps the ids of one call; ids past the experts stay past them."""
-        call = Call.read(args, kwargs)
-        mapped = call.with_values(None, self.map(call.ids), None)
-        return mapped.args, mapped.kwargs
-
-    def map(self, ids: Tensor) -> Tensor:
-        """Original ids of kept ones."""
-        if self.original.device != ids.device:
-            self.original = self.original.to(ids.device)
-        n_kept = len(self.original)
-        inside = self.original[ids.long().clamp(max=n_kept - 1)].to(ids.dtype)
-        return torch.where(ids < n_kept, inside, ids + (self.n_experts - n_kept))
 
 
 def kept_of(path: str | PathLike[str]) -> Keep | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moecollab.errors import SettingsError, UnsupportedModelError
-from moecollab.models.layout import BUILT_IN, Layout
+from moecollab.models.layout import BUILT_IN, REFUSED, Layout
 
 _layouts: dict[str, Layout] = dict(BUILT_IN)
 
@@ -49,9 +49,15 @@ def layout_of(model_type: str, class_name: str) -> Layout:
     for name in (model_type, model_type.removesuffix("_text")):
         if name in _layouts:
             return _layouts[name]
+    if model_type in REFUSED:
+        raise UnsupportedModelError(
+            f"{class_name} (model_type {model_type!r}) cannot be recorded: {REFUSED[model_type]}; "
+            "choose a model of another family, see docs/models.md"
+        )
     raise UnsupportedModelError(
         f"{class_name} (model_type {model_type!r}) is of a Mixture-of-Experts family that is not "
         f"known; known are {', '.join(families())}. To add one, call "
         "moecollab.models.registry.register_layout(moecollab.models.layout.Layout("
-        f"family={model_type!r}, count=<config field>, rows=<router tensors>))"
+        f"family={model_type!r}, count=<config field>, rows=<router tensors>)); docs/models.md has "
+        "worked examples"
     )

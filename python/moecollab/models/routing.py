@@ -20,7 +20,8 @@ from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.models.layout import CONFIG_COUNTS, Layout
 from moecollab.models.registry import layout_of
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+"""Types of expert ids."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ class MoeLayer:
     top_k: int
     layout: Layout
 
+    @property
+    def scale(self) -> float:
+        """Factor of the block on the weighted sum of the outputs, beyond the weights."""
+        if not self.layout.scale:
+            return 1.0
+        value = getattr(self.block, self.layout.scale)
+        if isinstance(value, str):
+            averaged = value == "average" and getattr(self.block, "num_shared_experts", 1) > 0
+            return 0.5 if averaged else 1.0
+        return float(value)
+
 
 def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     """The MoE layers of a model, in order.
@@ -63,13 +75,9 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     """
     config = text_config(model)
     layout = _layout(model, config)
-    layers = []
-    for name, experts in model.named_modules():
-        parent, _, child = name.rpartition(".")
-        if child == layout.experts and takes_routing(experts):
-            layers.append(_moe_layer(model, parent, experts, layout, config))
+    layers = [_moe_layer(model, name, layout, config) for name in _blocks(model, layout, config)]
     if not layers:
-        raise _dense(model)
+        raise _otherwise(model, layout) if _named(model, layout) else _dense(model)
     layers.sort(key=lambda layer: layer.layer)
     numbers = [layer.layer for layer in layers]
     if len(set(numbers)) < len(numbers):
@@ -78,6 +86,52 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             f"({layers[0].name}, {layers[1].name}); such models are not supported"
         )
     return layers
+
+
+def _named(model: nn.Module, layout: Layout) -> bool:
+    """Whether a model has modules of the name that experts have in its family."""
+    return layout.container and any(
+        f".{name}".endswith(f".{layout.experts}") for name, _ in model.named_modules()
+    )
+
+
+def _otherwise(model: nn.Module, layout: Layout) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__} has modules named {layout.experts!r} that are not called with ids "
+        "and weights, as those of older versions of transformers; install a newer transformers, or "
+        f"register a layout for {layout.family!r} with another `capture`"
+    )
+
+
+def _blocks(model: nn.Module, layout: Layout, config: Any) -> list[str]:  # noqa: ANN401
+    """Paths of the blocks that hold routed experts, those of the text part only."""
+    suffix = f".{layout.experts}"
+    found: dict[str, list[str]] = {}  # by the module that holds the numbered layers
+    for name, module in model.named_modules():
+        inside = f".{name}".endswith(suffix) and _holds_experts(module, layout)
+        block = name.removesuffix(layout.experts).rstrip(".")
+        if inside:
+            holder = re.split(r"(?:^|\.)\d+(?:\.|$)", block)[0].rpartition(".")[0]
+            found.setdefault(holder, []).append(block)
+    if len(found) > 1:  # vision or speech experts beside those of the text
+        own = {
+            holder: blocks for holder, blocks in found.items() if _is_text(model, holder, config)
+        }
+        found = own or found
+    return [block for blocks in found.values() for block in blocks]
+
+
+def _holds_experts(module: nn.Module, layout: Layout) -> bool:
+    """Whether a module of the right name is what the layout says."""
+    return (
+        takes_routing(module) if layout.container else next(module.parameters(), None) is not None
+    )
+
+
+def _is_text(model: nn.Module, holder: str, config: Any) -> bool:  # noqa: ANN401
+    """Whether a part of a model was built from the configuration of its text part."""
+    own = getattr(model.get_submodule(holder), "config", None)
+    return bool(getattr(own, "model_type", None) == config.model_type)
 
 
 def text_config(model: nn.Module) -> Any:  # noqa: ANN401 (transformers is untyped)
@@ -118,12 +172,11 @@ def _dense(model: nn.Module) -> UnsupportedModelError:
 def _moe_layer(
     model: nn.Module,
     name: str,
-    experts: nn.Module,
     layout: Layout,
     config: Any,  # noqa: ANN401
 ) -> MoeLayer:
     block = model.get_submodule(name)
-    router = block.get_submodule(layout.router)
+    router, experts = block.get_submodule(layout.router), block.get_submodule(layout.experts)
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     if number is None:
         raise UnsupportedModelError(
@@ -180,7 +233,7 @@ class Call:
         """Tells the arguments apart by dtype and order."""
         found: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         tensors = [(key, value) for key, value in found if isinstance(value, Tensor)]
-        ids = [key for key, value in tensors if value.dtype in _INTEGERS]
+        ids = [key for key, value in tensors if value.dtype in INTEGERS]
         floats = [key for key, value in tensors if value.is_floating_point()]
         if len(ids) != 1 or len(floats) != 2:
             raise UnsupportedModelError(

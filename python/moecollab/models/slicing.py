@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +49,12 @@ def router_rows(layer: MoeLayer) -> list[tuple[nn.Module, str, Tensor]]:
     return found
 
 
-def slice_router(layer: MoeLayer, kept: Sequence[int]) -> list[Change]:
-    """Keeps only the rows of some experts in a router; entries past the experts stay."""
+def slice_router(layer: MoeLayer, kept: Sequence[int], *, block: bool = True) -> list[Change]:
+    """Keeps only the rows of some experts in a router; entries past the experts stay.
+
+    Counts that the block caches change along with `block`; a block that still hands tokens out to
+    all its experts needs them as they are.
+    """
     changes: list[Change] = []
     rows = router_rows(layer)
     if not rows or _entries(rows[0][2]) < layer.n_experts:
@@ -60,8 +65,21 @@ def slice_router(layer: MoeLayer, kept: Sequence[int]) -> list[Change]:
     extra = _entries(rows[0][2]) - layer.n_experts
     for owner, name, value in rows:
         changes.append(_replace_tensor(owner, name, _picked(value, layer.n_experts, kept)))
-    owners = [layer.block, *layer.router.modules(), *(owner for owner, _, _ in rows)]
+    owners = [*layer.router.modules(), *(owner for owner, _, _ in rows)]
+    if block:
+        owners.append(layer.block)
+    if layer.layout.live_count:
+        changes.append(_with_count(layer, len(kept)))
     return changes + _recount(owners, layer.n_experts, len(kept), extra)
+
+
+def _with_count(layer: MoeLayer, count: int) -> Change:
+    """Gives a router a configuration of its own, so that layers may keep different numbers."""
+    owner: dict[str, Any] = vars(layer.router)
+    change = Change(owner, "config", owner["config"])
+    owner["config"] = copy.copy(owner["config"])
+    setattr(owner["config"], layer.layout.count, count)
+    return change
 
 
 def slice_experts(layer: MoeLayer, kept: Sequence[int]) -> list[Change]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from moecollab.errors import DataError, PlanError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
-from moecollab.models.keep import Keep, check_keep, read_keep
+from moecollab.models.keep import Keep, check_cut, check_keep, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
@@ -69,6 +69,7 @@ def prune(
     loaded, tokenizer = load_model(model)
     layers = find_moe_layers(loaded)
     check_keep(keep, layers)
+    check_cut(layers)
     _cut(loaded, layers, keep)
     if out is not None:
         source = str(loaded.name_or_path) if isinstance(model, nn.Module) else str(model)

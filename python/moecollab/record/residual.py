@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import UnsupportedModelError
-from moecollab.models.routing import Call, MoeLayer
+from moecollab.models.routing import MoeLayer
 
 
 class Residual:
@@ -68,7 +68,7 @@ class Residual:
                 f"the experts of layer {self.layer.layer} do not add to the residual stream; "
                 'record without collect="shift"'
             )
-        before, after = stream.float(), stream.float() + routed.float()
+        before, after = stream.float(), stream.float() + self.layer.scale * routed.float()
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         return (1 - cosine).clamp_min(0)
 
@@ -78,13 +78,12 @@ class Residual:
     def _before_block(
         self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self._look_at(tensors[0])
+        self._look_at(_hidden(args, kwargs))
 
     def _before_experts(
         self, _experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._look_at(Call.read(args, kwargs).hidden)
+        self._look_at(_hidden(args, kwargs))
 
     def _look_at(self, hidden: Tensor) -> None:
         flat = hidden.detach().reshape(-1, hidden.shape[-1])
@@ -92,6 +91,12 @@ class Residual:
         for output, stream in self.normed:
             if output.data_ptr() == hidden.data_ptr() and output.numel() == hidden.numel():
                 self.stream = stream.reshape(-1, stream.shape[-1])
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a module was called with first: hidden states."""
+    tensors: list[Tensor] = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    return tensors[0]
 
 
 def _numbered(name: str) -> str:
