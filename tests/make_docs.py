@@ -67,7 +67,8 @@ gives it as `find_moe_layers(model)[i].scale`, 1 in all other families.
 
 A model whose `model_type` is not in the table needs one call of `register_layout`. If its experts
 are a container that is called with hidden states, ids and weights, as those of transformers have
-been since version 5, then `family`, `count` and `rows` are enough. Models of before that, and
+been since version 5, then `family`, `count` and `rows` are enough; with `capture="expanded"` if it
+does not multiply outputs with weights one by one, which an error says. Models of before that, and
 remote code still, keep a module for each expert and hand it the rows of its tokens; their layout
 says `capture="modules"`. Two such blocks, in the style of the first DeepSeek-MoE and of
 Phi-3.5-MoE:
