@@ -82,3 +82,11 @@ def test_a_full_disk_loses_nothing(model_folder, texts, tmp_path, monkeypatch):
         patch.setattr(shards, "write_bytes", lambda *a, **o: (written.append(a), write(*a, **o)))
         assert files(extract(model_folder, texts, out=tmp_path / "acts").path) == whole
     assert len(written) == 4, "two shards were there already"
+
+
+def test_documents_that_are_cut_are_counted(model_folder, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(extraction, "say", said.append)
+    extract(model_folder, ["a b c d e f g h " * 9, "short"], out=tmp_path / "acts", context=16)
+    assert len(said) == 1
+    assert said[0].startswith("1 of 2 documents are longer than the context of 16 tokens")

@@ -203,9 +203,13 @@ def test_a_criterion_asks_for_what_it_needs(model_folder, texts, acts, tmp_path,
     criteria.register(Criterion("turning", needs, turning))
     with pytest.raises(MissingInputError, match=r"again with collect=.shift. .--collect shift"):
         score("turning", acts)
-    recorded = extract(model_folder, texts, out=tmp_path / "acts", collect="turning")
+    recorded = extract(
+        model_folder, texts, out=tmp_path / "acts", collect=criteria.collects("turning")
+    )
     assert recorded.groups == ("routing", "norms", "shift")
-    assert collected("pairs,turning") == ("shift", "pairs")
+    assert (
+        collected("pairs,,shift") == collected(("pairs", "routing", "shift")) == ("shift", "pairs")
+    )
     found = score("turning", recorded).values
     assert (found[recorded.tallies().total().count > 0] > 0).all()
 

@@ -40,6 +40,16 @@ def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         raise SettingsError(name, text, "whole numbers between commas, such as 64,128") from cause
 
 
+def _sums(asked: str) -> list[str]:
+    """Names of sums, with those that criteria need in place of their names."""
+    from moecollab.criteria import collects, names
+
+    found: list[str] = []
+    for name in filter(None, asked.split(",")):
+        found.extend(collects(name) if name in names() else [name])
+    return found
+
+
 def extract(  # noqa: PLR0913 (one parameter per option)
     model: Model,
     corpus: Annotated[Path, typer.Argument(help=".txt, .jsonl (text, domain) or .parquet file")],
@@ -74,7 +84,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             out=out,
             tokens=tokens,
             norms=norms,
-            collect=collect,
+            collect=_sums(collect),
             context=context,
             batch_size=batch_size,
             seed=seed,

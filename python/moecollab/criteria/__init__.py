@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
+
 from moecollab.criteria import caep, outputs, routing
-from moecollab.criteria.base import Criterion
+from moecollab.criteria.base import Criterion, Needs, groups_of
 from moecollab.errors import SettingsError, unknown_name
 
 _registry: dict[str, Criterion] = {}
@@ -26,6 +29,17 @@ def get(name: str) -> Criterion:
     if name not in _registry:
         raise unknown_name("criterion", name, names())
     return _registry[name]
+
+
+def collects(*wanted: str) -> tuple[str, ...]:
+    """What ``extract(collect=…)`` must sum for some criteria.
+
+    Examples
+    --------
+    >>> collects("reap", "frequency")
+    ('routing', 'norms')
+    """
+    return groups_of(reduce(or_, (get(name).needs for name in wanted), Needs.NOTHING))
 
 
 for _criterion in (*routing.CRITERIA, *outputs.CRITERIA, *caep.CRITERIA):

@@ -18,7 +18,7 @@ from moecollab.manifest import digest_bytes, manifest, refuse_existing
 from moecollab.models.loading import ModelLike, load_model, load_tokenizer
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.models.streamed import StreamedModel
-from moecollab.progress import Bar, track
+from moecollab.progress import Bar, say, track
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.corpus import Corpus, Source, read_corpus
 from moecollab.record.layerwise import LayerReader
@@ -121,7 +121,8 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         Whether to record norms of expert outputs, which some criteria need.
     collect : str or sequence of str
         What else to sum in the same pass, such as "channels,pairs": names in
-        :data:`moecollab.record.sums.GROUPS`, or of criteria, which stand for what they need.
+        :data:`moecollab.record.sums.GROUPS`; ``moecollab.criteria.collects`` says what criteria
+        need.
     context : int
         Tokens that the model reads at once; at most what the model was made for.
     batch_size : int
@@ -173,6 +174,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         raise DataError("there is no tokenizer for this model; pass tokenizer=")
     run = _Run(reader, speller, settings)
     samples = select_samples(text, run.tokenize, limit=tokens, seed=seed)
+    run.check(samples)
     reader.announce(_lengths(_shards(samples)), run.positions(samples))
     with reader:
         about = run.manifest(text, model)
@@ -201,25 +203,16 @@ def _open(
 
 
 def collected(asked: str | Sequence[str]) -> tuple[str, ...]:
-    """Groups of sums that names of groups or of criteria ask for, in a fixed order.
+    """What is asked for beside routing and norms, in a fixed order.
 
     Raises
     ------
     SettingsError
-        When a name is neither.
+        When a name is not known.
     """
-    from moecollab import criteria
-    from moecollab.criteria.base import groups_of
-
-    wanted: set[str] = set()
-    for name in filter(None, asked.split(",") if isinstance(asked, str) else asked):
-        if name in criteria.names():
-            wanted |= set(groups_of(criteria.get(name).needs))
-        elif name in GROUPS:
-            wanted.add(name)
-        else:
-            known = ", ".join((*GROUPS, *criteria.names()))
-            raise SettingsError("collect", name, f"some of {known}")
+    names = asked.split(",") if isinstance(asked, str) else asked
+    wanted = {name for name in names if name}
+    names_of(wanted)
     return tuple(group for group in GROUPS if group in wanted - {"routing", "norms"})
 
 
@@ -300,6 +293,22 @@ class _Run:
 
     def _dtype(self) -> str:
         return str(self.model.dtype).removeprefix("torch.")
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Says how many samples are cut; token ids that the model does not know are refused."""
+        known = getattr(self.config, "vocab_size", None)
+        highest = max((int(one.ids.max()) for one in samples if len(one.ids)), default=0)
+        if known is not None and highest >= known:
+            raise DataError(
+                f"the tokenizer makes token id {highest}, but the model knows {known} ids; give "
+                "the model's own tokenizer"
+            )
+        longer = sum(len(one.ids) > self.context for one in samples)
+        if longer:
+            say(
+                f"{longer} of {len(samples)} documents are longer than the context of "
+                f"{self.context} tokens: they are read in pieces, each from an empty context"
+            )
 
     def positions(self, samples: Sequence[Sample]) -> int:
         """Most tokens that the model reads at once."""
