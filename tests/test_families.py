@@ -312,3 +312,36 @@ def test_shift_is_of_what_the_block_adds(model, name):
         cosine = torch.cosine_similarity(flat, flat + layer.scale * spy.output, dim=-1)
         found = torch.from_numpy(one.shift)
         torch.testing.assert_close(found, 1 - cosine, rtol=0, atol=1e-5)
+
+
+SIGMOID = {
+    *("deepseek_v3", "deepseek_v32", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "glm4v_moe_text"),
+    *("glm5_next_text", "llama4_text", "llama4_text/top-2", "hy_v3", "hy_v4", "minimax_m2"),
+    *("minimax_m3_vl_text", "dots1", "dots3_note_text", "lfm2_moe", "nemotron_h"),
+    *("nemotron_h/latent", "kimi_linear", "bailing_hybrid", "solar_open", "afmoe", "exaone_moe"),
+    *("axk1", "axk2", "beam", "cohere2_moe/averaged", "flint", "inkling_text", "inkling2_text"),
+    *("kolibri1", "laguna", "mimo_v2_flash", "muse_spark_text", "step3p5"),
+}
+SCORES = dict.fromkeys(SIGMOID, "sigmoid") | {
+    "deepseek_v4": "sqrt_softplus",
+    "gemma4_text": "probabilities",
+}
+"""What routers make of their logits, as their code says; softmax where nothing is said."""
+
+
+def test_probabilities_explain_the_weights(model, name):
+    layers = find_moe_layers(model)
+    with torch.inference_mode(), Recorder(layers, norms=False, probability=True) as recorder:
+        inputs = zoo.batch()
+        model(**inputs)
+        real = inputs["attention_mask"].reshape(-1).bool()
+        found = recorder.take(real)
+        chosen = [watch.mass.probability.chosen[1] for watch in recorder._watches]
+    assert set(chosen) == {SCORES.get(name, "softmax")}
+    for layer, routing in zip(layers, found, strict=True):
+        mass = routing.mass[0, : layer.n_experts]
+        assert (mass > 0).all()
+        # Identity and skip experts have their part of a softmax.
+        assert mass.sum() <= real.sum() * (1 + 1e-5)
+        if name not in ("zaya", "longcat_flash"):
+            assert mass.sum() == pytest.approx(float(real.sum()), rel=1e-5)

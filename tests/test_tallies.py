@@ -18,7 +18,7 @@ from moecollab.record.sketch import add_tokens, distinct, shared
 from moecollab.record.sums import GROUPS, SUMS
 from moecollab.record.tallies import Tallies, load_tallies
 
-COLLECT = ("shift", "channels", "pairs", "vocabulary")
+COLLECT = ("shift", "channels", "probability", "pairs", "vocabulary")
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "mixtral"])
@@ -50,7 +50,7 @@ def by_hand(recorded):
 
 
 def _add_window(model, layers, found, domain, ids, start):
-    calls, streams = {}, {}
+    calls, streams, logits = {}, {}, {}
     hooks = []
     for row, layer in enumerate(layers):
         decoder = model.get_submodule(layer.name.rpartition(".")[0])
@@ -62,6 +62,10 @@ def _add_window(model, layers, found, domain, ids, start):
         def keep_stream(_module, args, row=row):
             streams[row] = args[0].detach().clone()
 
+        def keep_logits(router, args, _output, row=row):
+            logits[row] = args[0].reshape(-1, args[0].shape[-1]) @ router.weight.T
+
+        hooks.append(layer.router.register_forward_hook(keep_logits))
         hooks.append(layer.experts.register_forward_pre_hook(keep_call))
         hooks.append(norm.register_forward_pre_hook(keep_stream))
     with torch.no_grad():
@@ -70,6 +74,7 @@ def _add_window(model, layers, found, domain, ids, start):
         hook.remove()
     for row, layer in enumerate(layers):
         hidden, chosen, weights = calls[row]
+        found["sum_probability"][domain, row] += logits[row].double().softmax(1).sum(0).numpy()
         stream = streams[row].reshape(-1, hidden.shape[-1])
         for token, experts in enumerate(chosen.tolist()):
             outputs = [_expert(layer.experts, expert, hidden[token]) for expert in experts]
@@ -118,7 +123,7 @@ def _expert(experts, number, hidden):
 
 def test_every_sum_equals_experts_run_by_hand(recorded, by_hand):
     tallies = recorded[1].tallies()
-    assert set(tallies.groups) == set(GROUPS) - {"probability"}
+    assert set(tallies.groups) == set(GROUPS)
     for name, value in tallies.arrays.items():
         if name == "token_sketch":
             continue
@@ -235,7 +240,8 @@ def test_recording_everything_leaves_logits_as_they_are(token_ids):
     with torch.inference_mode():
         before = model(input_ids=token_ids).logits
         layers = find_moe_layers(model)
-        with Recorder(layers, norms=True, channels=True, shift=model) as recorder:
+        everything = {"norms": True, "channels": True, "shift": model, "probability": True}
+        with Recorder(layers, **everything) as recorder:
             assert torch.equal(model(input_ids=token_ids).logits, before)
             recorder.take(torch.ones(token_ids.numel(), dtype=torch.bool))
         assert torch.equal(model(input_ids=token_ids).logits, before)
@@ -254,6 +260,26 @@ def test_both_ways_of_reading_outputs_agree(dtype):
     assert torch.equal(found.peak, twin.peak)
     assert torch.equal(found.channel, twin.channel)
     np.testing.assert_allclose(host.sums, device.sums, rtol=1e-12)
+
+
+def test_probabilities_of_a_router_that_tells_nothing(token_ids):
+    from moecollab.record.recorder import Recorder
+
+    model = models.build("mixtral")
+    for layer in model.model.layers:
+        forward = layer.mlp.gate.forward
+        layer.mlp.gate.forward = lambda hidden, forward=forward: (
+            torch.rand(hidden.reshape(-1, 32).shape[0], 8),
+            *forward(hidden)[1:],
+        )
+    real = torch.ones(token_ids.numel(), dtype=torch.bool)
+    layers = find_moe_layers(model)
+    with torch.inference_mode(), Recorder(layers, norms=False, probability=True) as recorder:
+        model(input_ids=token_ids)
+        with pytest.raises(
+            UnsupportedModelError, match="does not return what its weights are made"
+        ):
+            recorder.take(real)
 
 
 def test_experts_beside_the_residual_stream_are_refused():

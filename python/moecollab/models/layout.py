@@ -70,6 +70,9 @@ class Layout:
     scale : str
         Attribute of the block with a factor on the weighted sum of the outputs, where the weights
         do not hold it; or with ``"average"`` where the sum is averaged with shared experts.
+    scoring : str
+        What the router makes of its logits, a key of :data:`moecollab.models.probability.SCORES`,
+        where the weights do not show it.
     live_count : bool
         Whether the router reads `count` from its own ``config`` while it runs.
     fixed : str
@@ -98,6 +101,7 @@ class Layout:
     capture: str = "container"
     routing: Callable[[Any, Any], tuple[Any, Any]] | None = None
     scale: str = ""
+    scoring: str = ""
     live_count: bool = False
     fixed: str = ""
     uncut: str = ""
@@ -158,7 +162,14 @@ _SCALED = [
 ]
 
 _ROUTED = [
-    *_rows("num_local_experts", _ROUTER, "router", "phimoe", "granitemoe", "granitemoeshared"),
+    Layout(
+        family="phimoe",
+        count="num_local_experts",
+        rows=_ROUTER,
+        router="router",
+        scoring="softmax",  # each weight is a softmax of its own, over the experts near it
+    ),
+    *_rows("num_local_experts", _ROUTER, "router", "granitemoe", "granitemoeshared"),
     *_rows("num_local_experts", _ROUTER, "router", "granitemoe_swa", "granitemoehybrid"),
     *_rows("num_experts", _ROUTER, "router", "jamba"),
 ]

@@ -357,6 +357,7 @@ class _Run:
             norms=self.settings.norms,
             channels="channels" in collect,
             shift=self.model if "shift" in collect else None,
+            probability="probability" in collect,
             n_domains=n_domains,
             n_experts=self.n_experts,
         )

@@ -98,7 +98,7 @@ class Piece:
                 column[self.batch.rows, : value.shape[1]] = value
         if into.shift is not None and routing.shift is not None:
             into.shift[self.batch.rows] = routing.shift
-        self.columns[layer] = replace(into, sums=routing.sums)
+        self.columns[layer] = replace(into, sums=routing.sums, mass=routing.mass)
 
 
 Listen: TypeAlias = Callable[[Sequence[MoeLayer]], Recorder]  # makes one for some layers

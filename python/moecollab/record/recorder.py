@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import DataError
 from moecollab.models.capture import capture
+from moecollab.models.probability import Probability
 from moecollab.models.routing import MoeLayer
 from moecollab.record.outputs import OutputReader, Readings
 from moecollab.record.residual import Residual
@@ -39,6 +40,8 @@ class Routing:
         1 − cosine between the residual stream before and after the routed experts.
     sums : float64 array of shape (n_domains · n_experts, 2, hidden), or None
         Sums of the outputs and of their squares, over all batches so far.
+    mass : float64 array of shape (n_domains, n_experts), or None
+        Sums of the router's probabilities before top-k, over all batches so far.
     """
 
     expert: NDArray[np.uint16]
@@ -48,6 +51,7 @@ class Routing:
     channel: NDArray[np.int32] | None = None
     shift: NDArray[np.float32] | None = None
     sums: NDArray[np.float64] | None = None
+    mass: NDArray[np.float64] | None = None
 
 
 @dataclass
@@ -75,6 +79,8 @@ class Recorder:
         Whether to sum the outputs channel by channel; needs `norms`.
     shift : Module, optional
         The model, when it shall be recorded how far the experts turn its residual stream.
+    probability : bool
+        Whether to sum what the routers make of every expert before top-k.
     n_domains : int
         Domains to sum apart.
     n_experts : int, optional
@@ -88,6 +94,7 @@ class Recorder:
         norms: bool,
         channels: bool = False,
         shift: nn.Module | None = None,
+        probability: bool = False,
         n_domains: int = 1,
         n_experts: int | None = None,
     ) -> None:
@@ -97,7 +104,8 @@ class Recorder:
         for layer in layers:
             reader = OutputReader(n_domains * n_experts, channels=channels) if norms else None
             residual = None if shift is None else Residual(shift, layer)
-            self._watches.append(_Watch(layer, self._batch, n_experts, reader, residual))
+            mass = Mass(layer, (n_domains, n_experts)) if probability else None
+            self._watches.append(_Watch(layer, self._batch, n_experts, reader, residual, mass))
 
     def __enter__(self) -> Recorder:
         try:
@@ -156,6 +164,29 @@ class _Batch:
     domain: Tensor | None = None
 
 
+class Mass:
+    """Sums of a layer's router probabilities, by domain.
+
+    Parameters
+    ----------
+    layer : MoeLayer
+        The layer.
+    shape : tuple of int
+        (n_domains, n_experts) of the sums.
+    """
+
+    def __init__(self, layer: MoeLayer, shape: tuple[int, int]) -> None:
+        self.probability = Probability(layer)
+        self.sums = np.zeros(shape)
+
+    def add(self, ids: Tensor, weights: Tensor, real: Tensor, domain: Tensor | None) -> None:
+        """Adds the probabilities of the real positions of a call."""
+        found = self.probability.of(ids, weights)[real.to(ids.device)].double().cpu()
+        where = torch.zeros_like(real, dtype=torch.int64) if domain is None else domain
+        into = torch.from_numpy(self.sums)[:, : found.shape[1]]
+        into.index_add_(0, where.cpu()[real.cpu()], found)
+
+
 class _Watch:
     """What is heard of one layer."""
 
@@ -166,7 +197,9 @@ class _Watch:
         n_experts: int,
         reader: OutputReader | None,
         residual: Residual | None,
+        mass: Mass | None,
     ) -> None:
+        self.mass = mass
         self.layer = layer
         self.batch = batch
         self.n_experts = n_experts
@@ -180,6 +213,8 @@ class _Watch:
         self.handles = self.capture.attach()
         if self.residual is not None:
             self.handles = [*self.handles, *self.residual.attach()]
+        if self.mass is not None:
+            self.handles = [*self.handles, *self.mass.probability.attach()]
 
     def detach(self) -> None:
         for handle in self.handles:
@@ -227,6 +262,8 @@ class _Watch:
                 f"layer {self.layer.layer} saw {rows} rows in {len(seen)} calls for {len(real)} "
                 "positions; this model does not run all tokens through its experts at once"
             )
+        if self.mass is not None:
+            self.mass.add(seen[0].ids, seen[0].weights, real, self.batch.domain)
         return self._routing(seen[0], real)
 
     def _routing(self, seen: _Seen, real: Tensor) -> Routing:
@@ -244,7 +281,9 @@ class _Watch:
         columns = {name: part.numpy() for name, part in zip(names, parts, strict=True)}
         shift = None if seen.shift is None else seen.shift[chosen].cpu().numpy()
         sums = None if self.reader is None else self.reader.sums
-        return Routing(expert, weights.cpu().numpy(), **columns, shift=shift, sums=sums)
+        mass = None if self.mass is None else self.mass.sums
+        found = Routing(expert, weights.cpu().numpy(), **columns, shift=shift)
+        return replace(found, sums=sums, mass=mass)
 
     def _parts(self, seen: _Seen, real: Tensor, used: Tensor) -> list[Tensor]:
         """Norms, peaks and channels of real tokens."""

@@ -99,6 +99,8 @@ def _sums(
         sketch = np.zeros((size, REGISTERS), np.uint8)
         add_tokens(sketch, site, np.broadcast_to(tokens.token_id[:, None], used.shape)[used])
         yield "token_sketch", sketch
+    if "probability" in groups and routing.mass is not None:
+        yield "sum_probability", routing.mass
     if "channels" in groups and routing.sums is not None:
         yield "sum_output", routing.sums[:, 0]
         yield "sum_output_sq", routing.sums[:, 1]
