@@ -27,6 +27,7 @@ from moecollab.record import extraction, shelf, windows
 from moecollab.record.activations import load_activations
 from moecollab.record.extraction import extract
 from moecollab.record.layerwise import LayerReader
+from moecollab.record.run import Run
 from moecollab.record.shelf import Shelf
 from moecollab.record.sums import GROUPS
 
@@ -148,6 +149,7 @@ def test_memory_is_told_beforehand(model_folder, texts, tmp_path):
         extract(model_folder, texts, out=tmp_path / "acts", layer_by_layer=True)
     finally:
         progress._display.reset(token)
+    told = [text for text in told if text.startswith("layer by layer")]
     assert len(told) == 1
     assert told[0].startswith("layer by layer: about 0.00")
     assert "one layer" in told[0]
@@ -226,9 +228,9 @@ def test_run_begun_whole_goes_on_layer_by_layer(
     done = tmp_path / ".acts.partial" / "shard-00000.safetensors"
     before = done.stat().st_mtime_ns
     seen = []
-    fill = extraction._Run.fill
+    fill = Run.fill
     monkeypatch.setattr(
-        extraction._Run,
+        Run,
         "fill",
         lambda *args: (seen.append(done.stat().st_mtime_ns), fill(*args))[1],
     )

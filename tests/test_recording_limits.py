@@ -11,7 +11,7 @@ from moecollab.errors import DataError
 from moecollab.manifest import digest_file
 from moecollab.models.loading import load_model
 from moecollab.models.routing import find_moe_layers
-from moecollab.record import extraction, shards, windows
+from moecollab.record import extraction, run, shards, windows
 from moecollab.record.extraction import extract
 from moecollab.record.recorder import Recorder
 from moecollab.record.tallying import Tokens, tally
@@ -86,7 +86,7 @@ def test_a_full_disk_loses_nothing(model_folder, texts, tmp_path, monkeypatch):
 
 def test_documents_that_are_cut_are_counted(model_folder, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(extraction, "say", said.append)
+    monkeypatch.setattr(run, "say", said.append)
     extract(model_folder, ["a b c d e f g h " * 9, "short"], out=tmp_path / "acts", context=16)
     assert len(said) == 1
     assert said[0].startswith("1 of 2 documents are longer than the context of 16 tokens")

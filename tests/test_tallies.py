@@ -123,7 +123,7 @@ def _expert(experts, number, hidden):
 
 def test_every_sum_equals_experts_run_by_hand(recorded, by_hand):
     tallies = recorded[1].tallies()
-    assert set(tallies.groups) == set(GROUPS)
+    assert set(tallies.groups) == set(GROUPS) - {"preferences"}, "which is a column"
     for name, value in tallies.arrays.items():
         if name == "token_sketch":
             continue
@@ -187,6 +187,43 @@ def test_tallies_survive_a_file(recorded, tmp_path):
     again = load_tallies(tmp_path / "t.safetensors")
     assert (again.domains, set(again.arrays)) == (tallies.domains, set(tallies.arrays))
     assert all(np.array_equal(again[name], value) for name, value in tallies.arrays.items())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_preferences_are_the_best_of_the_rest(family, tmp_path):
+    folder = models.save(family, tmp_path / "model")
+    texts = ["Owls hunt at night.", "Nine short words in a row."]
+    acts = extract(folder, texts, out=tmp_path / "acts", norms=False, collect="preferences")
+    model, _ = load_model(folder, "float32")
+    layers = find_moe_layers(model)
+    logits = []
+    for layer in layers:
+        layer.router.register_forward_hook(lambda _router, _args, output: logits.append(output[0]))
+    start = 0
+    for ids in acts.tokens().group_by("sample", maintain_order=True).agg("token_id")["token_id"]:
+        logits.clear()
+        with torch.no_grad():
+            model(input_ids=torch.tensor(ids.to_list())[None])
+        for layer, found in zip(layers, logits, strict=True):
+            table = acts.layer(layer.layer)
+            for token, values in enumerate(found.numpy()):
+                chosen = table.expert[start + token].tolist()
+                rest = [one for one in np.argsort(-values).tolist() if one not in chosen]
+                assert table.next[start + token].tolist() == rest[:4]
+        start += len(ids)
+    assert acts.to_polars().collect()[f"next_{acts.layers[0]}"].to_numpy().shape == (start, 4)
+
+
+def test_layers_with_fewer_experts_run_out_of_preferences():
+    from moecollab.record.mass import Mass
+    from moecollab.record.schema import NO_EXPERT, n_preferences
+
+    assert [n_preferences(64, 8), n_preferences(8, 3), n_preferences(4, 4)] == [16, 5, 0]
+    mass = Mass(find_moe_layers(models.build("mixtral"))[0], (1, 4), 4)
+    found = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]])
+    ids, weights = torch.tensor([[0, 2], [3, 0]]), torch.tensor([[0.6, 0.4], [1.0, 0.0]])
+    after = mass._after(found, ids, weights)
+    assert after.tolist() == [[3, 1, NO_EXPERT, NO_EXPERT], [2, 1, 0, NO_EXPERT]]
 
 
 def test_what_was_not_asked_for_is_named(acts):

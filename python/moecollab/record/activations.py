@@ -51,11 +51,15 @@ class LayerTable:
         Coefficients of the experts' outputs.
     norm : float32 array of shape (n_tokens, top_k), or None
         L2 norms of the experts' outputs before the weight, if they were recorded.
+    next : uint16 array of shape (n_tokens, n_next), or None
+        Experts that the router found most probable among those it did not choose, if they were
+        recorded; 65,535 where there are no more.
     """
 
     expert: NDArray[np.uint16]
     weight: NDArray[np.float32]
     norm: NDArray[np.float32] | None
+    next: NDArray[np.uint16] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ class Activations(Recording):
         arrays = [table[name].rechunk().to_numpy() for name in self._columns]
         for array in arrays:
             array.flags.writeable = False
-        return LayerTable(arrays[0], arrays[1], arrays[2] if self.has_norms else None)
+        named = dict(zip(self._columns, arrays, strict=True))
+        return LayerTable(arrays[0], arrays[1], named.get("norm"), named.get("next"))
 
     def to_polars(self, layers: Sequence[int] | None = None) -> pl.LazyFrame:
         """One row per token, read when it is collected.
@@ -135,8 +140,9 @@ class Activations(Recording):
         -------
         LazyFrame
             token, sample, domain, position, token_id and, for each layer, expert_0, weight_0 (and
-            norm_0 where norms were recorded), with the layer's index in place of the 0: expert ids
-            Array(UInt16, top_k) and coefficients Array(Float32, top_k), the largest first.
+            norm_0 or next_0 where they were recorded), with the layer's index in place of the 0:
+            expert ids Array(UInt16, top_k) and coefficients Array(Float32, top_k), the largest
+            first.
 
         Examples
         --------
@@ -220,7 +226,12 @@ class Activations(Recording):
     @property
     def _columns(self) -> list[str]:
         """Columns of a layer's table that hold what was routed."""
-        return ["expert", "weight", *(["norm"] if self.has_norms else [])]
+        columns = layer_columns(self.top_k, norms=self.has_norms, n_next=self._n_next)
+        return [name for name in columns if name not in TOKEN_COLUMNS]
+
+    @property
+    def _n_next(self) -> int:
+        return int(self.manifest["model"].get("n_next", 0))
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.layers:
@@ -330,7 +341,7 @@ def load_activations(path: str | PathLike[str]) -> Activations:
     try:
         acts = Activations(folder, manifest)
         n_tokens, n_samples = acts.n_tokens, acts.n_samples
-        columns = layer_columns(acts.top_k, norms=acts.has_norms)
+        columns = layer_columns(acts.top_k, norms=acts.has_norms, n_next=acts._n_next)
         layers = acts.layers
     except (KeyError, TypeError, ValueError) as cause:
         raise SchemaError(f"{folder / MANIFEST} lacks {cause}; record again") from cause

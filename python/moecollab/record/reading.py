@@ -19,7 +19,7 @@ from moecollab.progress import Bar
 from moecollab.record.recorder import Recorder, Routing
 from moecollab.record.windows import Sample, cut_windows, group_batches
 
-_FIELDS = ("expert", "weight", "norm", "peak", "channel")
+_FIELDS = ("expert", "weight", "norm", "peak", "channel", "next")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import DataError
 from moecollab.models.capture import capture
-from moecollab.models.probability import Probability
 from moecollab.models.routing import MoeLayer
+from moecollab.record.mass import Mass
 from moecollab.record.outputs import OutputReader, Readings
 from moecollab.record.residual import Residual
 
@@ -38,6 +38,8 @@ class Routing:
         The first channel that has it.
     shift : float32 array of shape (n_tokens,), or None
         1 − cosine between the residual stream before and after the routed experts.
+    next : uint16 array of shape (n_tokens, n_next), or None
+        Experts that were not chosen, the most probable first.
     sums : float64 array of shape (n_domains · n_experts, 2, hidden), or None
         Sums of the outputs and of their squares, over all batches so far.
     mass : float64 array of shape (n_domains, n_experts), or None
@@ -50,6 +52,7 @@ class Routing:
     peak: NDArray[np.float32] | None = None
     channel: NDArray[np.int32] | None = None
     shift: NDArray[np.float32] | None = None
+    next: NDArray[np.uint16] | None = None
     sums: NDArray[np.float64] | None = None
     mass: NDArray[np.float64] | None = None
 
@@ -81,6 +84,8 @@ class Recorder:
         The model, when it shall be recorded how far the experts turn its residual stream.
     probability : bool
         Whether to sum what the routers make of every expert before top-k.
+    n_next : int
+        Experts of a token to record beyond the chosen ones, the most probable first.
     n_domains : int
         Domains to sum apart.
     n_experts : int, optional
@@ -95,6 +100,7 @@ class Recorder:
         channels: bool = False,
         shift: nn.Module | None = None,
         probability: bool = False,
+        n_next: int = 0,
         n_domains: int = 1,
         n_experts: int | None = None,
     ) -> None:
@@ -104,7 +110,8 @@ class Recorder:
         for layer in layers:
             reader = OutputReader(n_domains * n_experts, channels=channels) if norms else None
             residual = None if shift is None else Residual(shift, layer)
-            mass = Mass(layer, (n_domains, n_experts)) if probability else None
+            wanted = probability or n_next > 0
+            mass = Mass(layer, (n_domains, n_experts), n_next) if wanted else None
             self._watches.append(_Watch(layer, self._batch, n_experts, reader, residual, mass))
 
     def __enter__(self) -> Recorder:
@@ -162,29 +169,6 @@ class _Batch:
 
     real: Tensor | None = None
     domain: Tensor | None = None
-
-
-class Mass:
-    """Sums of a layer's router probabilities, by domain.
-
-    Parameters
-    ----------
-    layer : MoeLayer
-        The layer.
-    shape : tuple of int
-        (n_domains, n_experts) of the sums.
-    """
-
-    def __init__(self, layer: MoeLayer, shape: tuple[int, int]) -> None:
-        self.probability = Probability(layer)
-        self.sums = np.zeros(shape)
-
-    def add(self, ids: Tensor, weights: Tensor, real: Tensor, domain: Tensor | None) -> None:
-        """Adds the probabilities of the real positions of a call."""
-        found = self.probability.of(ids, weights)[real.to(ids.device)].double().cpu()
-        where = torch.zeros_like(real, dtype=torch.int64) if domain is None else domain
-        into = torch.from_numpy(self.sums)[:, : found.shape[1]]
-        into.index_add_(0, where.cpu()[real.cpu()], found)
 
 
 class _Watch:
@@ -281,9 +265,10 @@ class _Watch:
         columns = {name: part.numpy() for name, part in zip(names, parts, strict=True)}
         shift = None if seen.shift is None else seen.shift[chosen].cpu().numpy()
         sums = None if self.reader is None else self.reader.sums
-        mass = None if self.mass is None else self.mass.sums
-        found = Routing(expert, weights.cpu().numpy(), **columns, shift=shift)
-        return replace(found, sums=sums, mass=mass)
+        found = Routing(expert, weights.cpu().numpy(), **columns, shift=shift, sums=sums)
+        if self.mass is None:
+            return found
+        return replace(found, mass=self.mass.sums, next=self.mass.next)
 
     def _parts(self, seen: _Seen, real: Tensor, used: Tensor) -> list[Tensor]:
         """Norms, peaks and channels of real tokens."""

@@ -38,7 +38,16 @@ def layer_file(layer: int) -> str:
     return f"layer-{layer:03d}.parquet"
 
 
-def layer_columns(top_k: int, *, norms: bool) -> dict[str, pl.DataType]:
+NO_EXPERT = 65_535
+"""Fills up preferences of a layer with fewer experts than others."""
+
+
+def n_preferences(n_experts: int, top_k: int) -> int:
+    """Experts of a token that are recorded as what its router would choose next."""
+    return min(2 * top_k, n_experts - top_k)
+
+
+def layer_columns(top_k: int, *, norms: bool, n_next: int = 0) -> dict[str, pl.DataType]:
     """Columns of a layer's table."""
     columns: dict[str, pl.DataType] = {
         "token": pl.UInt32(),
@@ -49,6 +58,8 @@ def layer_columns(top_k: int, *, norms: bool) -> dict[str, pl.DataType]:
     }
     if norms:
         columns["norm"] = pl.Array(pl.Float32(), top_k)
+    if n_next:
+        columns["next"] = pl.Array(pl.UInt16(), n_next)
     return columns
 
 

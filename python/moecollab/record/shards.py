@@ -188,10 +188,11 @@ def merge_shards(
     write_table(_sample_table(samples), folder / SAMPLES)
     words = {"token_id": list(vocabulary), "text": list(vocabulary.values())}
     write_table(pl.DataFrame(words, schema=VOCABULARY_COLUMNS), folder / VOCABULARY)
-    columns = layer_columns(model["top_k"], norms=norms)
+    columns = layer_columns(model["top_k"], norms=norms, n_next=model.get("n_next", 0))
+    slots = [name for name in columns if name not in TOKEN_COLUMNS]
     places = {name: tokens[name] for name in ("token", "sample", "position")}
     for layer in model["layers"]:
-        found = _layer_arrays(store, n_shards, layer, norms=norms)
+        found = _layer_arrays(store, n_shards, layer, slots)
         write_table(pl.DataFrame(places | found, schema=columns), folder / layer_file(layer))
     tallies.save(folder / TALLIES)
     write_json(folder / MANIFEST, store.manifest | {"corpus": _corpus_facts(samples, tallies)})
@@ -204,9 +205,8 @@ def _corpus_facts(samples: Sequence[Sample], tallies: Tallies) -> dict[str, Any]
     return {"n_tokens": n_tokens, "n_samples": len(samples), "domains": list(tallies.domains)}
 
 
-def _layer_arrays(store: ShardStore, n_shards: int, layer: int, *, norms: bool) -> Arrays:
+def _layer_arrays(store: ShardStore, n_shards: int, layer: int, names: Sequence[str]) -> Arrays:
     """One layer's columns over all shards, in order."""
-    names = ["expert", "weight", *(["norm"] if norms else [])]
     parts = []
     for number in range(n_shards):
         arrays = store.read(number, [f"{name}.{layer}" for name in names])
