@@ -119,6 +119,31 @@ def test_experts_that_are_weighted_by_masks_say_how_they_can_be_read(my_family, 
         model(input_ids=token_ids)
 
 
+class ScaledExperts(nn.ModuleList):
+    """A container that multiplies the inputs of its experts, not their outputs."""
+
+    def forward(self, hidden, ids, weights):
+        total = torch.zeros_like(hidden)
+        for number, expert in enumerate(self):
+            token, slot = torch.where(ids == number)
+            total.index_add_(0, token, expert(hidden[token] * weights[token, slot, None]))
+        return total
+
+
+def test_inputs_are_not_taken_for_outputs(my_family, token_ids):
+    listed = {"count": "num_local_experts", "rows": ("gate.weight",)}
+    register_layout(Layout(family="my_moe", **listed), replace=True)
+    model = listed_model()
+    for layer in model.model.layers:
+        layer.mlp.experts = ScaledExperts(layer.mlp.experts)
+    with (
+        torch.inference_mode(),
+        pytest.raises(UnsupportedModelError, match="do not multiply their outputs"),
+        Recorder(find_moe_layers(model), norms=True),
+    ):
+        model(input_ids=token_ids)
+
+
 def test_registering_twice(my_family):
     with pytest.raises(SettingsError, match="a family without a layout, or pass replace=True"):
         register_layout(Layout(family="my_moe", count="num_experts"))

@@ -20,6 +20,8 @@ from moecollab.models.routing import Call, MoeLayer
 from moecollab.models.special import ScaledInputCapture, SortedCapture
 from moecollab.models.tap import TappedWeights
 
+_ROUNDING = 0.05  # of sums in bfloat16
+
 
 class Listener(Protocol):
     """Who is told what the experts of one layer do, in this order, once per call."""
@@ -51,7 +53,8 @@ class ContainerCapture:
     """Hooks on a container that is called with hidden states, ids and weights.
 
     With outputs, the weights tell what they are multiplied with (:mod:`moecollab.models.tap`), so
-    the model computes what it always does.
+    the model computes what it always does. That all slots are told is checked at every call, and at
+    the first that what is told adds up to what the container returns.
 
     Parameters
     ----------
@@ -68,6 +71,10 @@ class ContainerCapture:
         self.listener = listener
         self.wants_outputs = outputs
         self.missing = torch.empty(0, dtype=torch.bool)
+        self.weights = torch.empty(0)
+        self.sum: Tensor | None = None
+        self.size = 0.0
+        self.sum_checked = False
 
     def attach(self) -> Sequence[RemovableHandle]:
         """Hooks before and, with outputs, after the container."""
@@ -88,21 +95,44 @@ class ContainerCapture:
         if not self.wants_outputs:
             return None
         self.missing = ((ids < self.layer.n_experts) & (weights != 0)).reshape(-1)
+        self.weights, self.sum = weights, None
         tapped = call.with_values(None, None, TappedWeights.of(call.weights, self._tell))
         return tapped.args, tapped.kwargs
 
     def _tell(self, rows: Tensor, places: Tensor) -> None:
-        self.missing[places] = False
+        self.missing[places.to(self.missing.device)] = False
         self.listener.outputs(rows.detach(), places)
+        if not self.sum_checked:
+            self._add(rows.detach(), places.to(self.weights.device))
+
+    def _add(self, rows: Tensor, places: Tensor) -> None:
+        n_positions, top_k = self.weights.shape
+        if self.sum is None:
+            self.sum = rows.new_zeros((n_positions, rows.shape[-1]), dtype=torch.float32)
+        weights = self.weights.reshape(-1)[places].to(rows.device)
+        # A place that is not used may hold anything.
+        rows = torch.where(weights[:, None] != 0, rows.float() * weights[:, None], 0)
+        self.sum.index_add_(0, (places // top_k).to(rows.device), rows)
+        self.size += float(rows.square().sum())
 
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        if bool(self.missing.any()):
+        total = output.detach().reshape(-1, output.shape[-1])
+        if bool(self.missing.any()) or not self._adds_up(total):
             raise UnsupportedModelError(
                 f"the experts of {self.layer.name} ({type(self.layer.experts).__name__}) do not "
                 "multiply their outputs with the routing weights one by one; record without norms, "
                 "or register the layout again with capture='expanded'"
             )
-        self.listener.total(output.detach().reshape(-1, output.shape[-1]))
+        self.listener.total(total)
+
+    def _adds_up(self, total: Tensor) -> bool:
+        """Whether what was told at the first call is what the container returned, to rounding."""
+        if self.sum is None:
+            return True
+        off = (self.sum.to(total.device) - total.float()).norm()
+        self.sum, self.sum_checked = None, True
+        # Rounding is that of the parts, which may cancel; who listens names what is not finite.
+        return float(off) <= _ROUNDING * self.size**0.5 or not bool(off.isfinite())
 
 
 class ExpandedCapture:

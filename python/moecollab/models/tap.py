@@ -83,7 +83,9 @@ class TappedWeights(Tensor):
                 return result
             if func in _MOVES:
                 return cls._with(result, func(first._places, *plain[1:], **kwargs), first._tell)
-            return cls._with(result, first._places, first._tell) if func in _CASTS else result
+            if func in _CASTS:  # to another device as well
+                return cls._with(result, first._places.to(result.device), first._tell)
+            return result
 
 
 def _plain(value: Any, kind: type[Tensor]) -> Any:  # noqa: ANN401

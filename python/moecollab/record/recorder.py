@@ -215,8 +215,10 @@ class _Watch:
         if seen.readings is None:
             seen.readings = Readings.zeros(seen.ids.numel())
             seen.site, seen.counted = self._sites(seen)
+        places = places.to(seen.counted.device)  # experts may run elsewhere than their router
         which = seen.counted[places].nonzero()[:, 0]
-        found, at = self.reader.read(rows, which, seen.site[places[which]]), places[which].cpu()
+        sites, at = seen.site[places[which]].to(rows.device), places[which].cpu()
+        found = self.reader.read(rows, which.to(rows.device), sites)
         seen.readings.norm[at], seen.readings.peak[at] = found.norm, found.peak
         seen.readings.channel[at] = found.channel
 
