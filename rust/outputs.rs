@@ -11,6 +11,8 @@ use crate::parallel::Pool;
 
 /// Slots that one job reads where nothing is summed by channel.
 const JOB: usize = 128;
+/// Below this squares may have lost bits, or all, in float32.
+const SMALLEST: f64 = 1e-30;
 /// Independent sums of a reduction, so that it can be vectorised in a fixed order.
 const LANES: usize = 32;
 
@@ -166,7 +168,11 @@ fn look(row: &[f32]) -> Reading {
         peaks[lane] = peaks[lane].max(value.abs());
     }
     let peak = peaks.into_iter().fold(0.0, f32::max);
-    let square: f64 = squares.into_iter().map(f64::from).sum();
+    let mut square: f64 = squares.into_iter().map(f64::from).sum();
+    if peak.is_finite() && (square < SMALLEST || !square.is_finite()) {
+        // Squares that float32 does not hold.
+        square = row.iter().map(|&value| f64::from(value).powi(2)).sum();
+    }
     let channel = row.iter().position(|value| value.abs() >= peak);
     Reading {
         norm: square.sqrt() as f32,
@@ -247,6 +253,19 @@ mod tests {
         assert_eq!((found[0].peak, found[0].channel), (9.0, 2));
         assert_eq!(sums[..6], [0.0; 6]);
         assert_eq!(sums[6..], [4.0, -3.0, 9.0, 10.0, 17.0, 81.0]);
+    }
+
+    #[test]
+    fn huge_and_tiny_outputs_have_norms() {
+        for (value, norm) in [(1e25_f32, 2e25), (1e-25, 2e-25), (0.0, 0.0)] {
+            let order = Order {
+                slots: &[0],
+                starts: &[0, 1],
+            };
+            let found = read(Values::Single(&[value; 4]), 4, order, None, &pool()).unwrap();
+            assert!((f64::from(found[0].norm) / norm - 1.0).abs() < 1e-6 || norm == 0.0);
+            assert!(norm > 0.0 || found[0].norm == 0.0);
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -41,10 +42,14 @@ def start(target: Path) -> int:
     """A child that records."""
     child = os.fork()
     if child == 0:
+        status = 1
         try:
             record(target)
+            status = 0
         finally:
-            os._exit(int(sys.exc_info()[0] is not None))
+            if status:
+                traceback.print_exc()
+            os._exit(status)
     return child
 
 
@@ -76,6 +81,9 @@ def main(folder: Path, n_kills: int, seed: int) -> None:
     while found["kills"] < n_kills:
         target = folder / f"run{found['equal'] + found['unequal'] + found['failed']}"
         while True:
+            if target.exists() and not (folder / f".{target.name}.partial").exists():
+                status = 0  # killed when all was done
+                break
             child = start(target)
             status = ended(child, rng.uniform(0, took))
             if status is not None:

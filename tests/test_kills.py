@@ -13,8 +13,9 @@ def test_runs_killed_at_random_end_with_the_same_bytes(tmp_path, request):
     n_kills = 100 if request.config.getoption("--all-families", default=False) else 3
     script = Path(__file__).with_name("killing.py")
     command = [sys.executable, str(script), str(tmp_path), str(n_kills), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] >= n_kills
-    assert found["unequal"] == found["failed"] == 0
+    assert found["unequal"] == found["failed"] == 0, done.stderr
     assert found["equal"] >= 1

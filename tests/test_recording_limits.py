@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models
-from moecollab.errors import DataError
+from moecollab.errors import DataError, OutputExistsError
 from moecollab.manifest import digest_file
 from moecollab.models.loading import load_model
 from moecollab.models.routing import find_moe_layers
@@ -90,3 +90,38 @@ def test_documents_that_are_cut_are_counted(model_folder, tmp_path, monkeypatch)
     extract(model_folder, ["a b c d e f g h " * 9, "short"], out=tmp_path / "acts", context=16)
     assert len(said) == 1
     assert said[0].startswith("1 of 2 documents are longer than the context of 16 tokens")
+
+
+def test_a_run_killed_while_it_cleans_up_is_finished(model_folder, texts, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def die(_store):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.ShardStore, "close", die)
+        with pytest.raises(Killed):
+            extract(model_folder, texts, out=tmp_path / "acts")
+    before = files(tmp_path / "acts")
+    with pytest.raises(OutputExistsError):
+        extract(model_folder, texts, out=tmp_path / "acts", norms=False)
+    assert files(extract(model_folder, texts, out=tmp_path / "acts").path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["acts"]
+
+
+def test_a_recording_that_another_process_finished_first_stays(
+    model_folder, texts, tmp_path, monkeypatch
+):
+    whole = []
+    select = extraction.select_samples
+
+    def slow(*args, **options):
+        monkeypatch.setattr(extraction, "select_samples", select)
+        whole.append(files(extract(model_folder, texts[:1], out=tmp_path / "acts").path))
+        return select(*args, **options)
+
+    monkeypatch.setattr(extraction, "select_samples", slow)
+    with pytest.raises(OutputExistsError):
+        extract(model_folder, texts, out=tmp_path / "acts")
+    assert files(tmp_path / "acts") == whole[0]

@@ -189,7 +189,14 @@ def test_tallies_survive_a_file(recorded, tmp_path):
     assert all(np.array_equal(again[name], value) for name, value in tallies.arrays.items())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_preferences_of_routers_that_choose_by_more_than_probability(texts, tokenizer, tmp_path):
+    model = models.build("deepseek_v3")
+    with pytest.raises(UnsupportedModelError, match="with a correction bias or by groups"):
+        extract(model, texts, out=tmp_path / "acts", tokenizer=tokenizer, collect="preferences")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_preferences_are_the_best_of_the_rest(family, tmp_path):
     folder = models.save(family, tmp_path / "model")
     texts = ["Owls hunt at night.", "Nine short words in a row."]
@@ -262,6 +269,7 @@ def test_a_criterion_asks_for_what_it_needs(model_folder, texts, acts, tmp_path,
         ({"collect": "nonsense"}, "collect is 'nonsense'"),
         ({"collect": "channels", "norms": False}, "norms is False"),
         ({"collect": ["shift"], "norms": False}, "norms is False"),
+        ({"collect": "pairs, norms", "norms": False}, "norms is False"),
     ],
 )
 def test_collecting_what_cannot_be(model_folder, texts, tmp_path, options, message):
@@ -325,6 +333,8 @@ def test_experts_beside_the_residual_stream_are_refused():
     model = models.build("mixtral")
     watch = Residual(model, find_moe_layers(model)[0])
     watch.given = torch.zeros(4, 32)
-    with pytest.raises(UnsupportedModelError, match="do not add to the residual stream"):
+    with pytest.raises(
+        UnsupportedModelError, match="no residual stream was found to which layer 0"
+    ):
         watch.turned(torch.zeros(4, 16))
     assert load_tokenizer("/nowhere") is None

@@ -250,7 +250,7 @@ fn n_live(peaks: &[f32]) -> usize {
     peaks.iter().filter(|peak| **peak > 0.0).count()
 }
 
-/// Three quarters of as many rows as atoms a batch, in whole row blocks; two passes of memory.
+/// Three quarters of as many rows as atoms a batch, in whole row blocks; half a pass of memory.
 fn schedule(params: &SquareParams, n_atoms: usize, n_rows: usize) -> Schedule {
     let blocks = (0.75 * n_atoms as f64 / Slot::ROWS as f64)
         .round()
@@ -263,7 +263,7 @@ fn schedule(params: &SquareParams, n_atoms: usize, n_rows: usize) -> Schedule {
     let batch = batch.min(n_rows);
     Schedule {
         batch,
-        window: (2 * n_rows).max(4 * batch),
+        window: (n_rows / 2).max(4 * batch),
         exponent: EXPONENT,
         share: SHARE,
         penalty: (params.sparsity / params.reconstruction) as f32,

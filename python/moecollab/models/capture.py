@@ -95,7 +95,7 @@ class ContainerCapture:
         if not self.wants_outputs:
             return None
         self.missing = ((ids < self.layer.n_experts) & (weights != 0)).reshape(-1)
-        self.weights, self.sum = weights, None
+        self.weights, self.sum, self.size = weights, None, 0.0
         tapped = call.with_values(None, None, TappedWeights.of(call.weights, self._tell))
         return tapped.args, tapped.kwargs
 
@@ -129,6 +129,8 @@ class ContainerCapture:
         """Whether what was told at the first call is what the container returned, to rounding."""
         if self.sum is None:
             return True
+        if self.sum.shape != total.shape:
+            return False
         off = (self.sum.to(total.device) - total.float()).norm()
         self.sum, self.sum_checked = None, True
         # Rounding is that of the parts, which may cancel; who listens names what is not finite.

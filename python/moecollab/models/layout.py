@@ -8,7 +8,7 @@ what must be cut, in the router and in the container, when experts go.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from moecollab.errors import SettingsError
@@ -73,6 +73,9 @@ class Layout:
     scoring : str
         What the router makes of its logits, a key of :data:`moecollab.models.probability.SCORES`,
         where the weights do not show it.
+    shift : str
+        Why it cannot be recorded how far the experts turn the residual stream: what they sum up to
+        is not added to it as it is. Empty where it is.
     live_count : bool
         Whether the router reads `count` from its own ``config`` while it runs.
     fixed : str
@@ -102,6 +105,7 @@ class Layout:
     routing: Callable[[Any, Any], tuple[Any, Any]] | None = None
     scale: str = ""
     scoring: str = ""
+    shift: str = ""
     live_count: bool = False
     fixed: str = ""
     uncut: str = ""
@@ -311,8 +315,24 @@ _SPECIAL = [
     ),
 ]
 
+_SCALES = "its layers scale what they add, or the stream"
+_NORMS = "a norm follows the sum"
+_STREAMS = "it has several residual streams"
+_BESIDE = "its experts run beside other parts of the layer"
+_NO_SHIFT = {
+    **dict.fromkeys(("afmoe", "axk1", "flex_olmo", "gemma4", "kolibri1", "inkling"), _NORMS),
+    **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoe_swa"), _SCALES),
+    **dict.fromkeys(("granitemoehybrid", "beam", "inkling2", "minimax", "zaya"), _SCALES),
+    **dict.fromkeys(("deepseek_v4", "glm5_next", "hy_v4", "qwen4_exp"), _STREAMS),
+    **dict.fromkeys(("cohere2_moe", "longcat_flash"), _BESIDE),
+    "jetmoe": "a bias is added to the sum",
+    "muse_spark": "its experts work in another space",
+    "dbrx": "its norm and its attention are one module",
+}
+
 BUILT_IN: dict[str, Layout] = {
-    layout.family: layout for layout in (*_PLAIN, *_BIASED, *_SCALED, *_ROUTED, *_NAMED, *_SPECIAL)
+    layout.family: replace(layout, shift=_NO_SHIFT.get(layout.family, ""))
+    for layout in (*_PLAIN, *_BIASED, *_SCALED, *_ROUTED, *_NAMED, *_SPECIAL)
 }
 """The layouts that come with the package, by family."""
 

@@ -103,13 +103,14 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     settings = Settings(
         tokens=tokens,
         norms=norms,
-        collect=collected(collect),
+        collect=collected(collect, norms=norms),
         context=context,
         batch_size=batch_size,
         seed=seed,
     )
     target = Path(out)
-    refuse_existing(target, overwrite=overwrite)
+    if not ShardStore(target, {}).started():
+        refuse_existing(target, overwrite=overwrite)
     text = read_corpus(corpus)
     reader, found = _open(model, dtype, settings, hidden_gb if layer_by_layer else None)
     speller = tokenizer or found
@@ -118,14 +119,16 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     run = Run(reader, speller, settings)
     samples = select_samples(text, run.tokenize, limit=tokens, seed=seed)
     run.check(samples)
-    reader.announce(lengths_of(_shards(samples)), run.positions(samples))
+    n_domains = len({sample.document.domain for sample in samples})
+    reader.announce(lengths_of(_shards(samples)), run.positions(samples), n_domains)
     with reader:
         about = run.manifest(text, model)
         # Another tokenizer or another choice of documents gives other tokens, so other shards.
         ids = b"".join(sample.ids.tobytes() for sample in samples)
         about["inputs"]["tokens"] = digest_bytes(ids)
         with ShardStore(target, about, overwrite) as store:
-            _record(run, samples, store)
+            if not store.finished():
+                _record(run, samples, store)
     return load_activations(target)
 
 
@@ -145,17 +148,19 @@ def _open(
     return reader, load_tokenizer(streamed.path)
 
 
-def collected(asked: str | Sequence[str]) -> tuple[str, ...]:
+def collected(asked: str | Sequence[str], *, norms: bool = True) -> tuple[str, ...]:
     """What is asked for beside routing and norms, in a fixed order.
 
     Raises
     ------
     SettingsError
-        When a name is not known.
+        When a name is not known, or norms are asked for here and refused elsewhere.
     """
     names = asked.split(",") if isinstance(asked, str) else asked
-    wanted = {name for name in names if name}
+    wanted = {name.strip() for name in names if name.strip()}
     names_of(wanted)
+    if "norms" in wanted and not norms:
+        raise SettingsError("norms", norms, "true to collect 'norms'")
     return tuple(group for group in GROUPS if group in wanted - {"routing", "norms"})
 
 

@@ -50,6 +50,7 @@ class LayerReader:
         self.streamed = streamed
         self.model: Any = streamed.model
         self.channels = channels
+        self.n_domains = 1
         self.most = int(min(hidden_gb, 1e9) * _GB)
         self.moe = find_moe_layers(streamed.model)
         self.replay = Replay(streamed.layers, type(streamed.model).__name__)
@@ -97,12 +98,13 @@ class LayerReader:
         return sum(layer.top_k for layer in self.moe) * _SLOT_BYTES
 
     def _shard_bytes(self) -> int:
-        """What is recorded of a shard and one domain, besides its tokens."""
+        """What is recorded of a shard besides its tokens: sums of all domains."""
         experts = sum(layer.n_experts for layer in self.moe) if self.channels else 0
-        return experts * 2 * 8 * int(text_config(self.model).hidden_size)
+        return self.n_domains * experts * 2 * 8 * int(text_config(self.model).hidden_size)
 
-    def announce(self, lengths: Sequence[int], positions: int) -> None:
+    def announce(self, lengths: Sequence[int], positions: int, n_domains: int) -> None:
         """Says how much memory will be needed, from the headers of the files."""
+        self.n_domains = n_domains
         count = self.group(lengths)
         tokens = sum(lengths[:count])
         hidden = min(self.most, tokens * self._state_bytes())

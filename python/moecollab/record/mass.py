@@ -7,9 +7,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moecollab.errors import UnsupportedModelError
 from moecollab.models.probability import Probability
 from moecollab.models.routing import MoeLayer
 from moecollab.record.schema import NO_EXPERT
+
+_BIASES = ("correction_bias", "expert_bias", "balancing_biases")
 
 
 class Mass:
@@ -23,9 +26,19 @@ class Mass:
         (n_domains, n_experts) of the sums.
     n_next : int
         Experts to name beyond the chosen ones.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When the router chooses by more than probability, so that the next is not known.
     """
 
     def __init__(self, layer: MoeLayer, shape: tuple[int, int], n_next: int) -> None:
+        if n_next and _chooses_otherwise(layer):
+            raise UnsupportedModelError(
+                f"the router of {layer.name} chooses with a correction bias or by groups, so the "
+                'next most probable expert is not its next choice; record without "preferences"'
+            )
         self.probability = Probability(layer)
         self.sums = np.zeros(shape)
         self.n_next = n_next
@@ -52,3 +65,10 @@ class Mass:
         order = torch.where(value < 0, NO_EXPERT, order)
         padded = torch.nn.functional.pad(order, (0, self.n_next - order.shape[1]), value=NO_EXPERT)
         return padded.cpu().numpy().astype(np.uint16)
+
+
+def _chooses_otherwise(layer: MoeLayer) -> bool:
+    """Whether experts are chosen by more than their probability."""
+    biased = any(row.endswith(_BIASES) for row in layer.layout.rows)
+    groups = [getattr(layer.router, name, None) or 1 for name in ("n_group", "num_group")]
+    return biased or max(groups) > 1

@@ -118,8 +118,8 @@ class Reader(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def announce(self, lengths: Sequence[int], positions: int) -> None:
-        """Says what is to be expected of shards of some lengths, read so many tokens at once."""
+    def announce(self, lengths: Sequence[int], positions: int, n_domains: int) -> None:
+        """Says what to expect of shards of these lengths, read so many tokens at once."""
 
     def digest(self) -> str:
         """Digest of the model."""
@@ -142,7 +142,7 @@ class WholeReader:
 
     def __init__(self, model: Any) -> None:  # noqa: ANN401
         self.model = model
-        self._training = model.training
+        self._training = {name: one.training for name, one in model.named_modules()}
 
     def __enter__(self) -> WholeReader:
         self.model.eval()
@@ -154,9 +154,10 @@ class WholeReader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.model.train(self._training)
+        for name, one in self.model.named_modules():
+            one.training = self._training.get(name, one.training)
 
-    def announce(self, lengths: Sequence[int], positions: int) -> None:
+    def announce(self, lengths: Sequence[int], positions: int, n_domains: int) -> None:
         """Says nothing."""
 
     def digest(self) -> str:

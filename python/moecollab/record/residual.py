@@ -17,7 +17,7 @@ class Residual:
     """Finds what a layer's last norm read before the experts: the stream they add to.
 
     A norm whose output, the very memory, is what the block or the experts are given has read the
-    stream; where there is none, the block is given the stream itself.
+    stream; in a layer without norms the block is given the stream itself.
 
     Parameters
     ----------
@@ -25,9 +25,19 @@ class Residual:
         The model that holds the layer.
     layer : MoeLayer
         The layer to watch.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When what the experts of this family sum up to is not added to the stream as it is.
     """
 
     def __init__(self, model: nn.Module, layer: MoeLayer) -> None:
+        if layer.layout.shift:
+            raise UnsupportedModelError(
+                f"the shift of the residual stream cannot be recorded of {layer.layout.family}: "
+                f'{layer.layout.shift}; record without collect="shift"'
+            )
         self.layer = layer
         self.decoder = model.get_submodule(_numbered(layer.name))
         self.normed: list[tuple[Tensor, Tensor]] = []
@@ -36,9 +46,7 @@ class Residual:
 
     def attach(self) -> Sequence[RemovableHandle]:
         """Hooks on the norms of the decoder layer, on the block and on the experts."""
-        norms = [
-            child for child in self.decoder.children() if "norm" in type(child).__name__.lower()
-        ]
+        norms = [one for one in self.decoder.modules() if "norm" in type(one).__name__.lower()]
         handles = [norm.register_forward_hook(self._after_norm) for norm in norms]
         if self.layer.block is not self.decoder:
             hook = self.layer.block.register_forward_pre_hook(self._before_block, with_kwargs=True)
@@ -61,19 +69,20 @@ class Residual:
         float32 Tensor of shape (n_positions,)
             EASY-EP's token term (arXiv:2504.06792).
         """
-        stream = self.given if self.stream is None else self.stream
+        stream = self.stream if self.normed else self.given
         self.stream, self.given, self.normed = None, None, []
         if stream is None or stream.shape != routed.shape:
             raise UnsupportedModelError(
-                f"the experts of layer {self.layer.layer} do not add to the residual stream; "
+                f"no residual stream was found to which layer {self.layer.layer} adds its experts; "
                 'record without collect="shift"'
             )
         before, after = stream.float(), stream.float() + self.layer.scale * routed.float()
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         return (1 - cosine).clamp_min(0)
 
-    def _after_norm(self, _norm: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.normed.append((output.detach(), args[0].detach()))
+    def _after_norm(self, _norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+        if isinstance(output, Tensor) and args:
+            self.normed.append((output.detach(), args[0].detach()))
 
     def _before_block(
         self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -132,7 +132,8 @@ class Run:
         return str(self.model.dtype).removeprefix("torch.")
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Says how many samples are cut; token ids that the model does not know are refused."""
+        """Says how many samples are cut; refuses what cannot be recorded, before any work."""
+        self._listen(1)(self.layers)  # what a layer does not allow is an error here
         known = getattr(self.config, "vocab_size", None)
         highest = max((int(one.ids.max()) for one in samples if len(one.ids)), default=0)
         if known is not None and highest >= known:

@@ -18,7 +18,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from moecollab.errors import DataError, StaleInputError
-from moecollab.manifest import MANIFEST, read_json, replace_folder, write_bytes, write_json
+from moecollab.manifest import (
+    MANIFEST,
+    read_json,
+    refuse_existing,
+    replace_folder,
+    write_bytes,
+    write_json,
+)
 from moecollab.record.schema import (
     SAMPLE_COLUMNS,
     SAMPLES,
@@ -80,6 +87,10 @@ class ShardStore:
                 "another folder"
             ) from cause
         try:
+            if self.finished():  # by a run that was killed while it cleaned up
+                self.close()
+                return self
+            refuse_existing(self.target, overwrite=self.overwrite)  # another may have been quicker
             self._prepare()
         except BaseException:
             self._lock.release()
@@ -98,6 +109,18 @@ class ShardStore:
     def _lock(self) -> FileLock:
         return FileLock(self.folder / "lock", timeout=0)
 
+    def started(self) -> bool:
+        """Whether there is a work folder, of a run that is under way or was killed."""
+        return self.folder.exists()
+
+    def finished(self) -> bool:
+        """Whether the recording is in its place already, made from the same."""
+        note = self.target / MANIFEST
+        if self.overwrite or not note.is_file():
+            return False
+        found = {name: value for name, value in read_json(note).items() if name != "corpus"}
+        return _comparable(found) == _comparable(self.manifest)
+
     def _prepare(self) -> None:
         """Keeps the shards of this manifest; those of another are refused or removed."""
         note = self.folder / MANIFEST
@@ -105,13 +128,15 @@ class ShardStore:
             before = read_json(note) if note.exists() else None
         except DataError:
             before = None
-        if before == self.manifest:
+        for path in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            path.unlink()
+        if before is not None and _comparable(before) == _comparable(self.manifest):
             return
         if before is not None and not self.overwrite:
+            changed = _changes(_comparable(before), _comparable(self.manifest))
             raise StaleInputError(
-                f"a recording into {self.target} was stopped half way, with another "
-                f"{_changes(before, self.manifest)}; repeat it as it was to go on, or pass "
-                "overwrite=True (--overwrite) to start over"
+                f"a recording into {self.target} was stopped half way, with another {changed}; "
+                "repeat it as it was to go on, or pass overwrite=True (--overwrite) to start over"
             )
         for path in self.folder.iterdir():
             if path.is_dir():
@@ -157,6 +182,14 @@ class ShardStore:
         return self.folder / f"shard-{number:05d}.safetensors"
 
 
+def _comparable(found: dict[str, Any]) -> dict[str, Any]:
+    """A manifest without what may differ between runs that do the same."""
+    model = found.get("model")
+    if not isinstance(model, dict):
+        return found
+    return found | {"model": {k: v for k, v in model.items() if k not in ("path", "n_next")}}
+
+
 def _changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> str:
     """What differs between two manifests, for a message."""
     found = []
@@ -192,7 +225,7 @@ def merge_shards(
     slots = [name for name in columns if name not in TOKEN_COLUMNS]
     places = {name: tokens[name] for name in ("token", "sample", "position")}
     for layer in model["layers"]:
-        found = _layer_arrays(store, n_shards, layer, slots)
+        found = _layer_arrays(store, n_shards, layer, slots, len(tokens))
         write_table(pl.DataFrame(places | found, schema=columns), folder / layer_file(layer))
     tallies.save(folder / TALLIES)
     write_json(folder / MANIFEST, store.manifest | {"corpus": _corpus_facts(samples, tallies)})
@@ -205,17 +238,25 @@ def _corpus_facts(samples: Sequence[Sample], tallies: Tallies) -> dict[str, Any]
     return {"n_tokens": n_tokens, "n_samples": len(samples), "domains": list(tallies.domains)}
 
 
-def _layer_arrays(store: ShardStore, n_shards: int, layer: int, names: Sequence[str]) -> Arrays:
+def _layer_arrays(
+    store: ShardStore, n_shards: int, layer: int, names: Sequence[str], n_tokens: int
+) -> Arrays:
     """One layer's columns over all shards, in order."""
-    parts = []
+    found: Arrays = {}
+    start = 0
     for number in range(n_shards):
         arrays = store.read(number, [f"{name}.{layer}" for name in names])
         if arrays is None:
             raise DataError(
                 f"shard {number} of {store.folder} vanished while it was in use; run extract again"
             )
-        parts.append(arrays)
-    return {name: np.concatenate([part[f"{name}.{layer}"] for part in parts]) for name in names}
+        for name in names:
+            part = arrays[f"{name}.{layer}"]
+            if name not in found:
+                found[name] = np.empty((n_tokens, *part.shape[1:]), part.dtype)
+            found[name][start : start + len(part)] = part
+        start += len(part)
+    return found
 
 
 def _token_table(samples: Sequence[Sample]) -> pl.DataFrame:

@@ -50,7 +50,7 @@ GROUPS: Mapping[str, str] = {
     "channels": "outputs summed channel by channel; 16 bytes per expert and channel",
     "probability": "router probability of every expert, routed to or not",
     "pairs": "how often two experts of a layer are chosen together",
-    "preferences": "experts that the router would choose next, a column for every token",
+    "preferences": "the most probable experts that were not chosen, a column for every token",
     "vocabulary": "sketch of the token ids that each expert saw; 1 KiB per expert",
 }
 """What can be recorded, by name."""
