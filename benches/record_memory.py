@@ -40,7 +40,7 @@ def read(path, corpus: str, n_tokens: int) -> None:
     from moecollab.models.loading import load_model
     from moecollab.record.corpus import read_corpus
     from moecollab.record.reading import cut_batches
-    from moecollab.record.windows import select_samples
+    from moecollab.record.windows import group_shards, select_samples
 
     model, tokenizer = load_model(path)
 
@@ -49,8 +49,9 @@ def read(path, corpus: str, n_tokens: int) -> None:
 
     samples = select_samples(read_corpus(corpus), tokenize, limit=n_tokens, seed=0)
     with torch.inference_mode():
-        for batch in cut_batches(samples, 512, 8):
-            model.base_model(**batch.inputs(model.device)[0])
+        for shard in group_shards(samples):
+            for batch in cut_batches([samples[number] for number in shard], 512, 8):
+                model.base_model(**batch.inputs(model.device)[0])
 
 
 def measure(options, tokens: int, corpus: Path, *, bare: bool) -> tuple[float, float]:

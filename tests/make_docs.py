@@ -117,7 +117,9 @@ def _family_row(layout: Layout, error: float) -> str:
     cut = "no" if layout.fixed or layout.uncut else "yes"
     lacks = "mask and prune" if layout.fixed else "prune"
     why = layout.fixed or layout.uncut
-    remarks = "; ".join(filter(None, [layout.remark, f"no {lacks}: {why}" if why else ""]))
+    shift = f"no shift: {layout.shift}" if layout.shift else ""
+    lacking = f"no {lacks}: {why}" if why else ""
+    remarks = "; ".join(filter(None, [layout.remark, lacking, shift]))
     name = "step3p5, step3p7" if layout.family == "step3p5" else layout.family
     mask = "no" if layout.fixed else "yes"
     return f"| {name} | yes | yes | {mask} | {cut} | {error:.0e} | {remarks} |"

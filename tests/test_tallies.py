@@ -239,6 +239,10 @@ def test_what_was_not_asked_for_is_named(acts):
     ):
         acts.tallies()["sum_output"]
     assert acts.groups == ("routing", "norms")
+    with pytest.raises(SettingsError, match="sum is 'sum_wieght'; it must be one of count, sum_w"):
+        acts.tallies()["sum_wieght"]
+    assert acts.tallies().keys()[:2] == ("count", "sum_weight")
+    assert repr(acts.tallies()).startswith("Tallies(2 domains, 3 layers × 8 experts: count, sum_")
     with pytest.raises(ShapeError, match="only one of the tallies holds pair_count"):
         acts.tallies().merge(Tallies.zeros(("law",), 3, 8, groups=("routing", "norms", "pairs")))
 

@@ -20,7 +20,7 @@ Model = Annotated[str, typer.Argument(help="Folder or hub name of a model, or a 
 Out = Annotated[Path, typer.Option(help="Where the result goes")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result")]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
-Context = Annotated[int, typer.Option(help="Longest window in tokens; longer text is cut")]
+Context = Annotated[int, typer.Option(help="Tokens read at once; longer text is read in pieces")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Batch = Annotated[int, typer.Option(help="Windows run at once")]
 
@@ -54,7 +54,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
     model: Model,
     corpus: Annotated[Path, typer.Argument(help=".txt, .jsonl (text, domain) or .parquet file")],
     out: Out,
-    tokens: Annotated[int | None, typer.Option(help="Take about this many tokens")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Record this many tokens at most")] = None,
     norms: Annotated[bool, typer.Option(help="Record the norms of expert outputs")] = True,
     collect: Annotated[
         str, typer.Option(help="What else to sum, or criteria that need it: channels,pairs")

@@ -77,7 +77,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     layer_by_layer : bool
         Whether only one decoder layer of a model on disk is held in memory at a time, for models
         larger than memory. The text goes through one layer after the other; what is recorded is
-        the same to rounding.
+        the same.
     hidden_gb : float
         With `layer_by_layer`, gigabytes of hidden states and routing that are held in memory. More
         text than fits is read in several rounds over the weights; where not even about 8,192

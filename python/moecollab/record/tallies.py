@@ -13,12 +13,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from moecollab.errors import DataError, MissingInputError, SchemaError, ShapeError
+from moecollab.errors import (
+    DataError,
+    MissingInputError,
+    SchemaError,
+    SettingsError,
+    ShapeError,
+)
 from moecollab.manifest import write_bytes
 from moecollab.record.sums import GROUPS, SUMS, join, names_of, total, zeros
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tallies:
     """Additive sums over routed tokens, by domain, layer and expert.
 
@@ -73,14 +79,29 @@ class Tallies:
 
         Raises
         ------
+        SettingsError
+            When there is no such sum.
         MissingInputError
             When it was not recorded, with what to ask for.
         """
+        if name not in SUMS:
+            raise SettingsError("sum", name, f"one of {', '.join(self.arrays)}")
         if name not in self.arrays:
             group = SUMS[name].group
             how = "norms=True" if group == "norms" else f"collect={group!r}"
             raise MissingInputError(f"{name} was not recorded; extract again with {how}")
         return self.arrays[name]
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of the sums that were recorded."""
+        return tuple(self.arrays)
+
+    def __repr__(self) -> str:
+        n_layers, n_experts = self.count.shape[-2:]
+        where = f"{len(self.domains)} domains" if self.domains else "all domains together"
+        return (
+            f"Tallies({where}, {n_layers} layers × {n_experts} experts: {', '.join(self.arrays)})"
+        )
 
     def __contains__(self, name: str) -> bool:
         """Whether a sum was recorded."""
