@@ -6,9 +6,11 @@ from torch import nn
 
 import models
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
+from moecollab.models.capture import CAPTURES
 from moecollab.models.keep import Keep
-from moecollab.models.layout import BUILT_IN, Layout
+from moecollab.models.layout import BUILT_IN, CAPTURED, SCORED, Layout
 from moecollab.models.masked import Mask
+from moecollab.models.probability import SCORES
 from moecollab.models.registry import families, register_layout, unregister_layout
 from moecollab.models.routing import Call, find_moe_layers, takes_routing
 from moecollab.pruning.pruning import prune
@@ -142,6 +144,14 @@ def test_inputs_are_not_taken_for_outputs(my_family, token_ids):
         Recorder(find_moe_layers(model), norms=True),
     ):
         model(input_ids=token_ids)
+
+
+def test_ways_of_listening_and_scores_are_known_by_name():
+    assert set(CAPTURES) == set(CAPTURED)
+    assert set(SCORES) == set(SCORED)
+    for odd in ({"capture": "nope"}, {"scoring": "nope"}):
+        with pytest.raises(SettingsError, match="is 'nope'; it must be one of"):
+            Layout(family="my_moe", count="num_experts", **odd)
 
 
 def test_registering_twice(my_family):

@@ -16,6 +16,12 @@ from moecollab.errors import SettingsError
 CONTAINERS = ("container", "expanded")
 """Ways of listening for which a container is called with hidden states, ids and weights."""
 
+CAPTURED = (*CONTAINERS, "scaled_input", "sorted", "modules")
+"""All ways of listening: keys of :data:`moecollab.models.capture.CAPTURES`."""
+
+SCORED = ("softmax", "sigmoid", "sqrt_softplus", "probabilities")
+"""What routers make of logits: keys of :data:`moecollab.models.probability.SCORES`."""
+
 _GATE = ("gate.weight",)
 _BIASED_GATE = ("gate.weight", "gate.e_score_correction_bias")
 _ROUTER = ("router.weight",)
@@ -116,6 +122,9 @@ class Layout:
         for name in ("family", "count", "rows", "experts"):
             if not getattr(self, name):
                 raise SettingsError(name, getattr(self, name), "given in a layout")
+        for name, known in (("capture", CAPTURED), ("scoring", ("", *SCORED))):
+            if getattr(self, name) not in known:
+                raise SettingsError(name, getattr(self, name), f"one of {', '.join(known)}")
 
     @property
     def container(self) -> bool:

@@ -79,9 +79,9 @@ class SortedCapture:
 
     def attach(self) -> Sequence[RemovableHandle]:
         """Hooks after the router and, with outputs, after the last projection."""
+        last = self.layer.experts.get_submodule("output_linear")
         handles = [self.layer.router.register_forward_hook(self._routed)]
         if self.wants_outputs:
-            last = self.layer.experts.get_submodule("output_linear")
             handles.append(last.register_forward_hook(self._ran))
         return handles
 

@@ -194,11 +194,10 @@ class _Watch:
         self.handles: Sequence[RemovableHandle] = []
 
     def attach(self) -> None:
-        self.handles = self.capture.attach()
-        if self.residual is not None:
-            self.handles = [*self.handles, *self.residual.attach()]
-        if self.mass is not None:
-            self.handles = [*self.handles, *self.mass.probability.attach()]
+        probability = None if self.mass is None else self.mass.probability
+        for part in (self.capture, self.residual, probability):
+            if part is not None:
+                self.handles = [*self.handles, *part.attach()]
 
     def detach(self) -> None:
         for handle in self.handles:

@@ -163,9 +163,12 @@ class Run:
         """Records a shard, and of those after it what is missing and read together with it."""
         missing = [number]
         for other in range(number + 1, len(shards)):
-            if not store.has(other):
-                missing.append(other)
-        missing = missing[: self.reader.group(lengths_of([shards[one] for one in missing]))]
+            more = [*missing, other]
+            if store.has(other):
+                continue
+            if self.reader.group(lengths_of([shards[one] for one in more])) < len(more):
+                break
+            missing = more
         tokens = {one: Tokens.of(shards[one], domains) for one in missing}
         columns = {one: self._empty(len(tokens[one].domain)) for one in missing}
         pieces = [

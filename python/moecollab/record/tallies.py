@@ -31,7 +31,8 @@ class Tallies:
     Arrays have shape (n_domains, n_layers, n_experts), some with one axis more; without the first
     axis, and with no domains, in a total. A token counts for an expert when its routing weight is
     not zero. Sums of shards, domains and machines are joined by :meth:`merge`; the result does
-    not depend on how the tokens were divided, but for rounding in float64.
+    not depend on how the tokens were divided, but for rounding in float64 and for which of several
+    equal peaks is named: the first.
 
     Parameters
     ----------
