@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from moecollab.models.special import ScaledInputCapture, SortedCapture
 from moecollab.models.tap import TappedWeights
 
 _ROUNDING = 0.05  # of sums in bfloat16
+_ADD_UP: WeakSet[nn.Module] = WeakSet()  # containers whose outputs were found to add up
 
 
 class Listener(Protocol):
@@ -54,7 +56,7 @@ class ContainerCapture:
 
     With outputs, the weights tell what they are multiplied with (:mod:`moecollab.models.tap`), so
     the model computes what it always does. That all slots are told is checked at every call, and at
-    the first that what is told adds up to what the container returns.
+    a container's first that what is told adds up to what it returns.
 
     Parameters
     ----------
@@ -74,7 +76,7 @@ class ContainerCapture:
         self.weights = torch.empty(0)
         self.sum: Tensor | None = None
         self.size = 0.0
-        self.sum_checked = False
+        self.sum_checked = layer.experts in _ADD_UP
 
     def attach(self) -> Sequence[RemovableHandle]:
         """Hooks before and, with outputs, after the container."""
@@ -133,8 +135,13 @@ class ContainerCapture:
             return False
         off = (self.sum.to(total.device) - total.float()).norm()
         self.sum, self.sum_checked = None, True
-        # Rounding is that of the parts, which may cancel; who listens names what is not finite.
-        return float(off) <= _ROUNDING * self.size**0.5 or not bool(off.isfinite())
+        if not bool(off.isfinite()):  # who listens names what is not finite
+            return True
+        # Rounding is that of the parts, which may cancel.
+        if float(off) > _ROUNDING * self.size**0.5:
+            return False
+        _ADD_UP.add(self.layer.experts)
+        return True
 
 
 class ExpandedCapture:
