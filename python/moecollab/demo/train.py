@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -196,10 +197,16 @@ class Run:
         return int(state["step"])
 
 
-def train(run: Run, batches: Batches, *, every: int = 100) -> PreTrainedModel:
+def train(
+    run: Run,
+    batches: Batches,
+    *,
+    build: Callable[[Recipe], PreTrainedModel] = build_model,
+    every: int = 100,
+) -> PreTrainedModel:
     """Trains to the recipe's last step, from the newest checkpoint if there is one."""
     recipe = run.recipe
-    model = build_model(recipe)
+    model = build(recipe)
     optimiser = make_optimiser(model, recipe)
     done = run.restore(model, optimiser)
     model.train()
