@@ -32,6 +32,7 @@ def seen(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
+    """Other layers than those that were recorded."""
     return models.build("qwen2_moe")
 
 
