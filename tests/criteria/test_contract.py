@@ -1,12 +1,15 @@
 """What every registered criterion owes."""
 
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import models
 from moecollab import criteria
+from moecollab.criteria import listing
 from moecollab.criteria.base import FORM, Criterion, Evidence, Needs
 from moecollab.criteria.scoring import score
 from moecollab.errors import (
@@ -218,6 +221,59 @@ def test_a_registered_criterion_is_scored(acts, monkeypatch):
     criteria.register(Criterion("flat", Needs.NOTHING, lambda e: np.ones(12)))
     with pytest.raises(ShapeError, match=r"'flat' gave float64 \(12,\), expected float64 \(2, 6\)"):
         score("flat", acts)
+
+
+def test_a_criterion_of_ones_own_takes_five_lines(acts, monkeypatch):
+    """The example of docs/criteria.md."""
+    monkeypatch.setattr(criteria, "_registry", dict(criteria._registry))
+    source = (Path(__file__).parent / "register_busy_peak.py").read_text()
+    code = [line for line in source.partition('"""\n\n')[2].splitlines() if line]
+    assert len(code) == 5
+    exec(source, {})
+    found, tallies = score("busy_peak", acts), acts.tallies().total()
+    assert (found.values == tallies["max_abs"] * tallies.count).all()
+    assert criteria.collects("busy_peak") == ("routing", "norms")
+    assert "busy_peak" in listing.listing()
+    assert criteria.get("busy_peak").summary.endswith("· no source given")
+    criteria.unregister("busy_peak")
+    assert criteria.names() == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [("MAN", "ean_mean"), ("EAN-CA", "mean_output_norm"), ("seer_hard", "frequency")],
+)
+def test_names_from_papers_are_told_apart(name, here, acts):
+    with pytest.raises(SettingsError, match=f"it must be {here}, as it is called here"):
+        score(name, acts)
+
+
+def test_names_elsewhere_are_not_names_here():
+    assert not set(criteria.KNOWN_AS) & set(NAMES)
+    for here in criteria.KNOWN_AS.values():
+        assert here.split()[0] in NAMES
+
+
+def test_every_criterion_is_listed_once_under_what_it_reads():
+    kinds = listing.kinds()
+    assert sorted(name for held in kinds.values() for name in held) == list(NAMES)
+    expected = {"random": "no data", "ecc": "routing", "mone": "outputs", "caep": "patterns"}
+    assert {name: criteria.get(name).kind for name in expected} == expected
+    text = listing.listing()
+    for name in NAMES:
+        assert text.count(f"\n  {name} ") == 1
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(name in NAMES for name in re.findall(r"\w+_\w+|aimer|reap", listing.ADVICE))
+
+
+def test_recorded_groups_answer_every_criterion(recorded):
+    """`extract --collect NAME` records what NAME needs, and nothing else is missing."""
+    everything = {"routing", "norms", *recorded.collect}
+    for name in NAMES:
+        assert set(criteria.collects(name)) <= everything
+    assert criteria.collects("easy_ep", "mone") == ("routing", "shift", "channels")
+    assert criteria.collects("ranked_choice") == ("preferences",)
+    assert criteria.collects("aimer") == ()
 
 
 def test_wrong_settings(acts):

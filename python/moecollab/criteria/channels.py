@@ -22,8 +22,8 @@ def ean_channel(evidence: Evidence, /) -> NDArray[np.float64]:
         along tokens, so it differs from ``ean_sum``
     Not defined when: never; an expert without tokens scores 0
     """
-    norms: NDArray[np.float64] = np.sqrt(evidence.tallies["sum_output_sq"]).sum(axis=-1)
-    return norms
+    squares = evidence.tallies["sum_output_sq"]
+    return np.stack([np.sqrt(layer).sum(axis=-1) for layer in squares])
 
 
 def mean_output_norm(evidence: Evidence, /) -> NDArray[np.float64]:
@@ -36,7 +36,7 @@ def mean_output_norm(evidence: Evidence, /) -> NDArray[np.float64]:
     Source: EAN-CA of the REAP code (arXiv:2510.13999)
     Not defined when: an expert has no tokens; it scores 0
     """
-    norm: NDArray[np.float64] = np.linalg.norm(evidence.tallies["sum_output"], axis=-1)
+    norm: NDArray[np.float64] = np.sqrt(_lengths(evidence))
     return norm / np.maximum(evidence.tallies.count, 1)
 
 
@@ -52,9 +52,11 @@ def eae(evidence: Evidence, /) -> NDArray[np.float64]:
         the smallest goes first, as is best for the same of gradients there
     Not defined when: an expert has fewer than two tokens; every channel counts log 1e-12
     """
-    spread = np.sqrt(_squares(evidence) / np.maximum(evidence.tallies.count, 1)[..., None])
-    total: NDArray[np.float64] = np.log(np.maximum(spread, SMALLEST)).sum(axis=-1)
-    return total
+    sums, squares = evidence.tallies["sum_output"], evidence.tallies["sum_output_sq"]
+    layers = zip(sums, squares, evidence.tallies.count, strict=True)
+    # One expert at a time stays in the processor's cache.
+    found = [[_log_spread(*one) for one in zip(*layer, strict=True)] for layer in layers]
+    return np.array(found, np.float64)
 
 
 def mone(evidence: Evidence, /) -> NDArray[np.float64]:
@@ -69,20 +71,38 @@ def mone(evidence: Evidence, /) -> NDArray[np.float64]:
         constant factors; differs: only the score, a dropped expert is not replaced by its mean
     Not defined when: an expert has fewer than two tokens; it scores 0
     """
-    variance = _squares(evidence).sum(axis=-1) / np.maximum(evidence.tallies.count - 1, 1)
-    spread: NDArray[np.float64] = np.sqrt(variance)
-    return evidence.tallies.sum_weight * spread
+    count, squares = evidence.tallies.count, evidence.tallies["sum_output_sq"].sum(axis=-1)
+    variance = _around(_lengths(evidence), squares, count) / np.maximum(count - 1, 1)
+    return evidence.tallies.sum_weight * np.sqrt(variance)
 
 
-def _squares(evidence: Evidence) -> NDArray[np.float64]:
-    """Σ_t (f_c - mean)² of every channel, ≥ 0: float64 (n_layers, n_experts, hidden)."""
-    total, squares = evidence.tallies["sum_output"], evidence.tallies["sum_output_sq"]
-    count = evidence.tallies.count[..., None]
-    around: NDArray[np.float64] = squares - total * total / np.maximum(count, 1)
+def _lengths(evidence: Evidence) -> NDArray[np.float64]:
+    """‖Σ_t f‖² of every expert: float64 (n_layers, n_experts)."""
+    total = evidence.tallies["sum_output"]
+    lengths: NDArray[np.float64] = np.einsum("lec,lec->le", total, total)
+    return lengths
+
+
+def _log_spread(
+    total: NDArray[np.float64], squares: NDArray[np.float64], count: np.int64
+) -> np.float64:
+    """Σ_c log σ_c of one expert from sums of shape (hidden,)."""
+    variance = _around(total * total, squares, count)
+    variance /= np.maximum(count, 1)
+    np.maximum(variance, SMALLEST**2, out=variance)
+    return np.float64(np.log(variance, out=variance).sum() / 2)
+
+
+def _around(
+    total_sq: NDArray[np.float64], squares: NDArray[np.float64], count: NDArray[np.int64] | np.int64
+) -> NDArray[np.float64]:
+    """Σ_t (f - mean)², ≥ 0, from (Σ_t f)², which is overwritten, and Σ_t f²."""
+    total_sq /= np.maximum(count, 1)
+    np.subtract(squares, total_sq, out=total_sq)
     # What is left of equal numbers after subtraction is the sums' rounding, of either sign.
     noise = (count + 4) * np.finfo(np.float64).eps * squares
-    around[around <= noise] = 0
-    return around
+    np.copyto(total_sq, 0, where=total_sq <= noise)
+    return total_sq
 
 
 _CHANNELS = Needs.ROUTING | Needs.CHANNELS

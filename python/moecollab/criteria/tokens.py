@@ -11,6 +11,9 @@ from moecollab.errors import MissingInputError
 from moecollab.record.activations import Activations, LayerTable
 from moecollab.record.schema import NO_EXPERT
 
+_GONE = np.iinfo(np.int64).max // 2
+"""Votes of an expert that has fallen: more than any other gets."""
+
 
 def shapley(evidence: Evidence, /) -> NDArray[np.float64]:
     """What each expert adds to the coalitions that tokens were routed to.
@@ -73,26 +76,39 @@ def ranked_choice(evidence: Evidence, /) -> NDArray[np.float64]:
 
 def _election(table: LayerTable, n_experts: int) -> NDArray[np.float64]:
     """Ranks of one layer's experts."""
-    ballot = _ballots(table, n_experts)
-    order = np.argsort(ballot, axis=None, kind="stable")
+    ballot, top_k = _ballots(table, n_experts), table.expert.shape[1]
+    order = np.argsort(ballot.astype(np.uint16), axis=None, kind="stable")  # places by expert
     bounds = np.searchsorted(ballot.ravel()[order], np.arange(n_experts + 1))
-    token, place = np.divmod(order, ballot.shape[1])
-    reached = np.full(
-        len(ballot), table.expert.shape[1]
-    )  # places of each ballot that were looked at
-    chosen = ballot[:, : table.expert.shape[1]]
-    votes = np.bincount(chosen.ravel(), minlength=n_experts + 1)
-    left = np.ones(n_experts + 1, np.bool_)
-    left[n_experts] = False
+    voting = ballot < n_experts
+    waiting = voting.copy()
+    voting[:, top_k:], waiting[:, :top_k] = False, False
+    votes = np.bincount(ballot[voting], minlength=n_experts)
     gone: list[int] = []
     for _ in range(n_experts):
-        lost = _least(votes[:n_experts], left[:n_experts])
-        left[lost] = False
+        lost = n_experts - 1 - int(votes[::-1].argmin())  # of equals the largest id
         gone.append(lost)
-        span = slice(bounds[lost], bounds[lost + 1])
-        moving = token[span][place[span] < reached[token[span]]]
-        votes += _next_votes(ballot, reached, left, moving)
+        votes[lost] = _GONE
+        own = order[bounds[lost] : bounds[lost + 1]]
+        waiting.ravel()[own] = False
+        moving = own[voting.ravel()[own]] // ballot.shape[1]
+        votes += np.bincount(_next_choices(ballot, waiting, voting, moving), minlength=n_experts)
     return ranks(gone, n_experts)
+
+
+def _next_choices(
+    ballot: NDArray[np.int64],
+    waiting: NDArray[np.bool_],
+    voting: NDArray[np.bool_],
+    moving: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """The best experts left on some ballots, which now vote for them."""
+    held = waiting[moving]
+    first = held.argmax(axis=1)
+    found = held[np.arange(len(held)), first]
+    moving, place = moving[found], first[found]
+    waiting[moving, place], voting[moving, place] = False, True
+    chosen: NDArray[np.int64] = ballot[moving, place]
+    return chosen
 
 
 def _ballots(table: LayerTable, n_experts: int) -> NDArray[np.int64]:
@@ -102,30 +118,6 @@ def _ballots(table: LayerTable, n_experts: int) -> NDArray[np.int64]:
     used = np.where(table.weight != 0, table.expert, NO_EXPERT)
     ballot = np.concatenate([used, table.next], axis=1).astype(np.int64)
     return np.where(ballot < n_experts, ballot, n_experts)
-
-
-def _least(votes: NDArray[np.int64], left: NDArray[np.bool_]) -> int:
-    """The expert left with the fewest votes; of equals the largest id."""
-    counted = np.where(left, votes, np.iinfo(np.int64).max)
-    return int(len(counted) - 1 - counted[::-1].argmin())
-
-
-def _next_votes(
-    ballot: NDArray[np.int64],
-    reached: NDArray[np.int64],
-    left: NDArray[np.bool_],
-    moving: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """Votes that tokens give to their next expert left; `reached` moves on."""
-    votes = np.zeros(len(left), np.int64)
-    while len(moving):
-        moving = moving[reached[moving] < ballot.shape[1]]
-        expert = ballot[moving, reached[moving]]
-        reached[moving] += 1
-        found = left[expert]
-        votes += np.bincount(expert[found], minlength=len(left))
-        moving = moving[~found]
-    return votes
 
 
 def _tokens(evidence: Evidence) -> Activations:

@@ -71,9 +71,9 @@ def shared_by_all(sketch: NDArray[np.uint8]) -> NDArray[np.float64]:
         if level == 0:
             empty = here.astype(np.int64)
         below = here
-    one = distinct(sketch)
-    both = one[:, None] + one[None, :] - _estimate(total, empty)
-    return np.maximum(both, 0)
+    union = _estimate(total, empty)
+    one = union.diagonal()
+    return np.maximum(one[:, None] + one[None, :] - union, 0)
 
 
 def _mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
