@@ -91,15 +91,15 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
 
 
 def _check_eager(model: nn.Module) -> None:
-    """Refuses what torch.compile made: it may run without asking hooks, or fail on them."""
+    """Refuses what torch.compile made: with some hooks it fails while it is traced."""
     for name, module in model.named_modules():
         own = vars(module)
         traced = hasattr(own.get("forward"), "_torchdynamo_orig_callable")
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None or traced:
             where = name or "the model"
             raise UnsupportedModelError(
-                f"{where} is compiled by torch.compile, which runs past the hooks that listen and "
-                "mask; pass the model that was compiled (its _orig_mod), or load it again"
+                f"{where} is compiled by torch.compile, which cannot be relied on to run the hooks "
+                "that listen and mask; load the model again and leave out what compiles it"
             )
 
 
