@@ -161,10 +161,40 @@ def test_it_is_looked_at_once_for_each_layout():
 def test_what_is_not_finite_is_left_to_who_listens():
     block = build(shared=1)
     with torch.no_grad():
-        block.experts[0].down_proj.weight[0, 0] = torch.nan
-    heard, at_first = run(layer_of(block), rows())
+        block.shared[0].down_proj.weight.fill_(torch.nan)
+    _, at_first = run(layer_of(block), rows())
+    assert run(layer_of(block), rows())[1] == at_first  # it could not be told
+    hidden = rows()
+    hidden[1, 3:7] = torch.nan  # as some models leave padding
+    block = build(shared=1)
+    with pytest.raises(UnsupportedModelError, match=WRONG):
+        run(layer_of(block, replace(LAYOUT, routing=not_renormalised)), hidden)
+    heard, _ = run(layer_of(block), hidden)
     assert heard.total_sum.isnan().any()
-    assert run(layer_of(block), rows())[1] == at_first
+
+
+def test_nothing_is_kept_once_it_is_known():
+    layer, hidden = layer_of(build(shared=1)), rows()
+    run(layer, hidden)
+    listening = capture(layer, Quiet(), outputs=True)
+    handles = listening.attach()
+    with torch.inference_mode():
+        for _ in range(3):
+            layer.block(hidden)
+    assert listening.beside.given == []
+    for handle in handles:
+        handle.remove()
+
+
+class Quiet:
+    def routing(self, ids, weights):
+        pass
+
+    def outputs(self, rows, places):
+        pass
+
+    def total(self, routed):
+        pass
 
 
 def test_a_router_in_float32_beside_experts_in_half_precision():

@@ -89,7 +89,8 @@ class Beside:
 
     def also(self, *given: Tensor) -> None:
         """Adds what the router was given."""
-        self.given += [_some(rows) for rows in given]
+        if self._listening:
+            self.given += [_some(rows) for rows in given]
 
     def routed(self) -> None:
         """Says that an expert runs, so that all before is beside the sum."""
@@ -122,7 +123,7 @@ class Beside:
         Returns
         -------
         bool or None
-            None where something is not finite, or no expert ran.
+            None where no position is finite, or no expert ran.
         """
         if routed.rows is None:
             return None
@@ -133,11 +134,13 @@ class Beside:
         off = ends[0].double() - scale * told.double()
         size = ends[0].double().square().sum(dim=1) + scale**2 * size
         basis = [one.double() for one in self._others() if one.shape == told.shape]
-        if not all(bool(one.isfinite().all()) for one in (off, *basis)):
+        sound = torch.stack([off, *basis]).isfinite().all(dim=2).all(dim=0)  # padding may be NaN
+        if not bool(sound.any()):
             return None
         precision = max(routed.precision, torch.finfo(ends[0].dtype).eps)
         rounding = max(_LEAST, _ROUNDINGS * precision) * size.sqrt()
-        return not bool((_left(off, basis).norm(dim=1) > rounding).any())
+        left = _left(off[sound], [one[sound] for one in basis]).norm(dim=1)
+        return not bool((left > rounding[sound]).any())
 
     def _others(self) -> list[Tensor]:
         """What was heard that is beside the sum."""
@@ -163,7 +166,7 @@ def _some(rows: Tensor) -> Tensor:
 
 
 def _equal(rows: Tensor, others: Tensor) -> bool:
-    return torch.equal(rows.float(), others.float())
+    return torch.equal(rows.float().nan_to_num(), others.float().nan_to_num())
 
 
 def _left(rows: Tensor, others: Sequence[Tensor]) -> Tensor:
