@@ -193,14 +193,23 @@ def mine(  # noqa: PLR0913 (one parameter per option)
     _say(f"{out}: {found!r}")
 
 
-def score(
-    activations: Annotated[Path, typer.Argument(help="Folder made by extract")],
+def score(  # noqa: PLR0913 (one parameter per option)
     criterion: Annotated[str, typer.Option(help="See: moecollab criteria")],
     out: Out,
+    activations: Annotated[
+        Path | None, typer.Argument(help="Folder made by extract; not needed to score weights")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name, for criteria that read or run it")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text for criteria that run the model")
+    ] = None,
     collaboration: Annotated[Path | None, typer.Option(help="Folder made by fit")] = None,
     drop: Annotated[
         float, typer.Option(help="Share you mean to drop; sets CAEP's threshold")
     ] = 0.25,
+    tokens: Annotated[int | None, typer.Option(help="Run this many tokens of it at most")] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -212,8 +221,11 @@ def score(
     found = mc.score(
         criterion,
         activations,
+        model=model,
+        corpus=corpus,
         collaboration=collaboration,
         drop=drop,
+        tokens=tokens,
         seed=seed,
         out=out,
         overwrite=overwrite,
