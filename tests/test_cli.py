@@ -240,3 +240,23 @@ def test_model_path_that_is_not_there(inside, text):
     refused(
         inside("extract", "no/such/model", text, "--out", "acts"), "no/such/model does not exist"
     )
+
+
+def test_weights_are_scored_without_a_recording(inside, model_folder):
+    code, shown, _ = inside(
+        "score", "--model", model_folder, "--criterion", "aimer", "--out", "aimer.parquet"
+    )
+    assert (code, "Scores(aimer: 3 layers × 8 experts" in shown) == (0, True)
+    assert mc.load_scores("aimer.parquet").activations is None
+    plan = mc.plan("aimer.parquet", drop=0.25)
+    assert (plan.activations, plan.n_dropped) == (None, 6)
+    code, _, said = inside("score", "--criterion", "aimer", "--out", "other.parquet")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "needs weights, which is not there; pass the model: model= (--model)" in said
+
+
+def test_criteria_lists_every_one(inside):
+    code, shown, _ = inside("criteria")
+    assert code == 0
+    for words in ("no data: ", "easy_ep ", "needs routing, shift", "Which to use: "):
+        assert words in shown

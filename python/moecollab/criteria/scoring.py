@@ -82,7 +82,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     acts = None if activations is None else open_recorded(activations)
-    given = _given(model, corpus) | (Needs.COLLABORATION if collaboration else Needs.NOTHING)
+    given = _given(model, corpus, patterns=collaboration is not None)
     check_needs(chosen, given | _recorded(acts))
     weights = _weights(model) if acts is None or Needs.WEIGHTS in chosen.needs else None
     shape = _shape(acts, weights)
@@ -122,11 +122,12 @@ def _check_settings(drop: float, seed: int, tokens: int | None) -> None:
         raise SettingsError("tokens", tokens, "1 or more, or None for all")
 
 
-def _given(model: ModelLike | None, corpus: Text | None) -> Needs:
-    """What a model and text can answer."""
+def _given(model: ModelLike | None, corpus: Text | None, *, patterns: bool) -> Needs:
+    """What a model, text and patterns can answer."""
+    found = Needs.COLLABORATION if patterns else Needs.NOTHING
     if model is None:
-        return Needs.NOTHING
-    return Needs.WEIGHTS if corpus is None else Needs.WEIGHTS | Needs.MODEL
+        return found
+    return found | (Needs.WEIGHTS if corpus is None else Needs.WEIGHTS | Needs.MODEL)
 
 
 def _recorded(acts: Activations | RoutingCounts | None) -> Needs:
