@@ -71,23 +71,41 @@ been since version 5, then `family`, `count` and `rows` are enough; with `captur
 does not multiply outputs with weights one by one, which an error says. Models of before that, and
 remote code still, keep a module for each expert and hand it the rows of its tokens; their layout
 says `capture="modules"`. Two such blocks, in the style of the first DeepSeek-MoE and of
-Phi-3.5-MoE:
+Phi-3.5-MoE, from `tests/remote/modeling_small_moe.py`, where the rest of their model is:
 
 ```python
 {blocks}
 ```
 
-and the layouts that make them known, all that there is to write:
+and the layouts that make them known, all that there is to write
+(`tests/remote/register_small_moe.py`):
 
 ```python
 {example}
 ```
 
-What is recorded is checked while it runs: an expert that ran on other rows than the ids say is an
-error, so a layout that does not fit is found out on the first batch. Both blocks are recorded,
-masked, cut, saved and loaded again by `tests/test_remote.py`. Every field of a layout:
-`help(moecollab.models.layout.Layout)`.
+What is recorded is checked while it runs. An expert that ran on other rows than the ids say is an
+error in any batch. In the first, also with `norms=False`, the outputs of the experts times the
+weights must add up to what the block returns, at up to 512 positions, so a `routing` that forgets
+to renormalise, or a factor that no `scale` names, is found out. Whatever else the block adds, such
+as shared experts, gated or not, must be a combination, token by token, of its input and of what its
+other modules returned that ran before the last expert or on the block's input. A token may be off
+by 4 units in the last place of the coarsest type in use (3 % of it in bfloat16, 0.1 % in float32),
+so the weights of experts that are small beside a shared one are checked less closely.
+
+What cannot be checked: a block that changes the sum before it returns it, by a norm or a
+projection; say so in the layout's `shift`, and the weights are taken as they are. Nor, with
+`norms=False`, experts that get other rows than the router and the block got.
+
+Both blocks are recorded, masked, cut, saved and loaded again by `tests/test_remote.py`, and
+`tests/test_adding_up.py` gives wrong weights to many. Of what `torch.compile(model)` returned the
+model inside is recorded; a model that is compiled in place or in part is refused. Every field of a
+layout: `help(moecollab.models.layout.Layout)`.
 """
+
+
+_IMPORTS = "import torch\nfrom torch import nn\nfrom torch.nn import functional"
+_BLOCKS = ("Expert", "Gate", "SortedMoe", "LoopedMoe")
 
 
 def models_page() -> str:
@@ -107,7 +125,7 @@ def models_page() -> str:
         n=len(families),
         table="\n".join(lines),
         refused=refused,
-        blocks="\n\n\n".join(_class(source, name) for name in ("Gate", "SortedMoe", "LoopedMoe")),
+        blocks="\n\n\n".join([_IMPORTS, *(_class(source, name) for name in _BLOCKS)]),
         example=(TESTS / "remote" / "register_small_moe.py").read_text().strip(),
     )
 

@@ -162,6 +162,9 @@ class Run:
             "top_k": self.top_k,
             "path": str(given),
         } | ({"n_next": self.n_next} if self.n_next else {})
+        counts = [layer.n_experts for layer in self.layers]
+        if len(set(counts)) > 1:
+            described["model"]["experts_per_layer"] = counts
         renormalised = getattr(self.config, "norm_topk_prob", None)
         if renormalised is not None:
             described["model"]["norm_topk"] = bool(renormalised)
