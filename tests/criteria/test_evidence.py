@@ -9,6 +9,9 @@ from moecollab.criteria.base import Criterion, Needs
 from moecollab.criteria.probe import Shape
 from moecollab.criteria.scoring import score
 from moecollab.errors import MissingInputError, SettingsError, ShapeError, UnsupportedModelError
+from moecollab.models.routing import find_moe_layers
+from moecollab.models.slicing import slice_experts, slice_router
+from moecollab.record.extraction import extract
 
 SHAPE = (3, 8)  # of models.build("qwen2_moe")
 
@@ -32,6 +35,7 @@ def seen(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
+    """Other layers than those that were recorded."""
     return models.build("qwen2_moe")
 
 
@@ -106,10 +110,6 @@ def test_layers_of_different_sizes_are_refused(acts):
 
 def test_a_recording_names_layers_of_different_sizes(tmp_path, texts, tokenizer):
     """Cut by hand, as no family of transformers is built so."""
-    from moecollab.models.routing import find_moe_layers
-    from moecollab.models.slicing import slice_experts, slice_router
-    from moecollab.record.extraction import extract
-
     model = models.build("qwen2_moe")
     layer = find_moe_layers(model)[1]
     slice_router(layer, range(6))
@@ -118,6 +118,19 @@ def test_a_recording_names_layers_of_different_sizes(tmp_path, texts, tokenizer)
     assert found.experts_per_layer == (8, 6, 8)
     with pytest.raises(UnsupportedModelError, match="layer 1 has 6 experts and layer 0 8"):
         score("frequency", found)
+
+
+def test_one_pass_of_a_real_model_answers_every_criterion(model_folder, texts, tmp_path, fitted):
+    names = [name for name in criteria.names() if not criteria.get(name).needs & Needs.MODEL]
+    collect = [group for group in criteria.collects(*names) if group not in ("routing", "norms")]
+    found = extract(model_folder, texts, out=tmp_path / "acts", collect=collect)
+    patterns = fitted(found)
+    counts = found.tallies().total().count
+    for name in names:
+        scores = score(name, found, model=model_folder, collaboration=patterns)
+        assert scores.values.shape == SHAPE, name
+        assert (scores.counts == counts).all(), name
+        assert np.ptp(scores.values) > 0, name
 
 
 @pytest.mark.parametrize("tokens", [0, -1])

@@ -354,12 +354,10 @@ def demo(
 
 
 def criteria() -> None:
-    """Lists the criteria: name, what each needs, where it comes from."""
-    from moecollab.criteria import get, names
+    """Lists the criteria by what they read, with needs, direction and source, and which to use."""
+    from moecollab.criteria import listing
 
-    for name in names():
-        form = get(name).form
-        typer.echo(f"{name:12} {form['summary']} Needs: {form['needs']} Source: {form['source']}")
+    typer.echo(listing.listing())
 
 
 VERBS: tuple[Callable[..., None], ...] = (

@@ -94,6 +94,17 @@ def needs_of(groups: Iterable[str]) -> Needs:
     return found
 
 
+def words_of(needs: Needs) -> str:
+    """Needs in words.
+
+    Examples
+    --------
+    >>> words_of(Needs.ROUTING | Needs.OUTPUT_NORMS), words_of(Needs.NOTHING)
+    ('routing, output norms', 'nothing')
+    """
+    return ", ".join(str(need.name).lower().replace("_", " ") for need in needs) or "nothing"
+
+
 _PROVIDED_BY = {
     Needs.ROUTING: "extract activations from the model first",
     Needs.ROUTING_WEIGHTS: "the files hold expert ids alone; use extract, or files with weights",
@@ -196,8 +207,8 @@ class Criterion:
     @property
     def summary(self) -> str:
         """Name, needs and source in one line."""
-        form = self.form
-        return f"{self.name} · needs {form['needs']} · {form['source']}"
+        source = self.form.get("source", "no source given")
+        return f"{self.name} · needs {words_of(self.needs)} · {source}"
 
     @property
     def form(self) -> dict[str, str]:
@@ -221,7 +232,7 @@ def check_needs(criterion: Criterion, available: Needs) -> None:
     """Raises MissingInputError unless all that the criterion needs is available."""
     missing = criterion.needs & ~available
     if missing:
-        names = ", ".join(str(need.name).lower().replace("_", " ") for need in missing)
+        names = words_of(missing)
         advice = "; ".join(_PROVIDED_BY[need] for need in missing)
         raise MissingInputError(
             f"criterion {criterion.name!r} needs {names}, which is not there; {advice}"
