@@ -38,7 +38,16 @@ UNCHANGED = (
 )
 """Criteria that a text read twice does not change."""
 
-TWICE = ("frequency", "gate_sum", "soft_routing", "ean_sum", "reap_sum", "easy_ep", "shapley", "coverage")
+TWICE = (
+    "frequency",
+    "gate_sum",
+    "soft_routing",
+    "ean_sum",
+    "reap_sum",
+    "easy_ep",
+    "shapley",
+    "coverage",
+)
 """Criteria that a text read twice doubles."""
 
 NOT_RECORDED = tuple(

@@ -18,7 +18,7 @@ POWER = 2.0
 
 
 def coverage(evidence: Evidence, /) -> NDArray[np.float64]:
-    """Harm to tokens that each expert adds when it goes, the least harmful going first.
+    """Harm that each expert does to tokens when it goes, the least harmful first.
 
     Formula: a token t that draws v_t(s) = g(t, s) ‖f(t, s)‖₂ from site s = (l, e) has the mass m_t
         = Σ_s v_t(s) over all layers, and is harmed by m_t x_t^p, x_t the share of m_t that is gone
@@ -35,11 +35,11 @@ def coverage(evidence: Evidence, /) -> NDArray[np.float64]:
 
 
 def pattern_coverage(evidence: Evidence, /) -> NDArray[np.float64]:
-    """Harm to patterns that each expert adds when it goes, the least harmful going first.
+    """Harm that each expert does to patterns when it goes, the least harmful first.
 
-    Formula: as ``coverage`` with an atom p of level 1 in place of a token, v_p(s) = D(p, s) usage_p
-        O(s) / max(X(s), Σ_p D(p, s) usage_p), X(s) the sum of the fitted rows and O(s) = Σ_t g(t, s)
-        ‖f(t, s)‖₂; what atoms leave of O(s) is a row of its own
+    Formula: as ``coverage`` with an atom a of level 1 in place of a token, v_a(s) = D(a, s) usage_a
+        O(s) / max(X(s), Σ_a D(a, s) usage_a), X(s) the sum of the fitted rows and O(s) =
+        Σ_t g(t, s) ‖f(t, s)‖₂; what atoms leave of O(s) is a row of its own
     Needs: output norms, tokens, collaboration
     Direction: higher is kept
     Cost: reads the recording to add up X, then O(n_atoms n_sites) for each time that all sites are
@@ -79,15 +79,13 @@ def harm(
     """
     from moecollab._core import coverage_order
 
-    if not rows.n_rows:
-        return np.zeros(rows.n_sites)
     weight = np.ones(rows.n_rows) if weight is None else weight
     arrays = (rows.indptr, rows.sites, rows.values)
     return coverage_order(arrays, rows.n_sites, weight, power)["damage"]
 
 
 def token_rows(evidence: Evidence) -> Rows:
-    """g ‖f‖ of every token and site, a row for each token."""
+    """A row for each token: g ‖f‖ of every site that it was routed to."""
     return _activations(evidence).rows("token", "output")
 
 
@@ -125,7 +123,7 @@ def pattern_rows(evidence: Evidence, number: int = 0) -> Rows:
 
 
 def _drawn(level: Level) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Atom, site and D(p, s) usage_p of every strength of a live atom."""
+    """Atom, site and D(a, s) usage_a of every strength of a live atom."""
     atom, site = np.nonzero(level.atoms * (level.peak > 0)[:, None])
     return atom, site, level.atoms[atom, site] * level.usage[atom]
 
