@@ -1,0 +1,323 @@
+"""Carves the feed-forward layers of a dense Llama into shared and routed experts, in closed form.
+
+The method: neurons that many tokens need become the shared expert, the others are clustered by the
+tokens they serve; a ridge regression gives the router, another refits the down projections under
+the true routing weights. Each layer is carved on the hidden states of the layers carved before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from moecollab.errors import SettingsError
+from moecollab.progress import track
+
+SHARED_GATE = 0.5
+"""Qwen2-MoE multiplies its shared expert by sigmoid(gate · x); a gate of zeros gives a half."""
+
+_SAME = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)  # settings that both kinds of model have
+_CHUNK = 2_048  # tokens whose activations are held at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """How the neurons of a feed-forward layer are divided."""
+
+    shared: int = 512
+    """Neurons of the shared expert."""
+    experts: int = 32
+    """Routed experts of a layer."""
+    width: int = 32
+    """Neurons of a routed expert."""
+    top_k: int = 10
+    """Routed experts of a token."""
+    dense_layers: int = 4
+    """First layers that stay dense."""
+    spread: float = 0.25
+    """Standard deviation of a token's router logits over experts, mean over tokens."""
+
+    def __post_init__(self) -> None:
+        """Refuses more chosen experts than there are."""
+        if not 0 < self.top_k <= self.experts:
+            raise SettingsError("top_k", self.top_k, f"between 1 and the {self.experts} experts")
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of the dense layer."""
+        return self.shared + self.experts * self.width
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """A dense gated feed-forward layer; gate and up (n, d), down (d, n)."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def activations(self, x: Tensor) -> Tensor:
+        """What the down projection is applied to, (t, n)."""
+        return F.silu(x @ self.gate.T) * (x @ self.up.T)
+
+
+@dataclass(frozen=True)
+class Carved:
+    """A layer's experts: order of the neurons (shared first, then expert by expert) and weights."""
+
+    order: Tensor
+    """Dense neuron at each place, (n,)."""
+    router: Tensor
+    """Router rows, (n_experts, d)."""
+    down: Tensor
+    """Down projection as the checkpoint stores it, columns in `order`, (d, n)."""
+
+
+@torch.no_grad()
+def carve_layer(ffn: Ffn, x: Tensor, weight: Tensor, shape: Shape, seed: int) -> Carved:
+    """One layer's experts, from inputs (t, d) of the layer and a weight (t,) of each token.
+
+    The weight is that of the token's squared error in the refit: one over the squared norm of the
+    residual stream, else a few massive activations decide everything.
+    """
+    shared = most_needed(ffn, x, shape.shared)
+    rest = np.setdiff1d(np.arange(ffn.gate.shape[0]), shared.numpy())
+    rows = np.random.default_rng(seed).permutation(len(x))[:3_000]
+    profiles = relative_contributions(ffn, x[torch.from_numpy(rows)])[:, rest].T
+    member = balanced_clusters(profiles.numpy(), shape.experts, seed)
+    order = torch.cat([shared, torch.from_numpy(rest[np.argsort(member, kind="stable")])])
+    router = fit_router(ffn, x, order, shape)
+    down = refit_down(ffn, x, weight, Carved(order, router, stored_down(ffn, order, shape)), shape)
+    return Carved(order, router, down)
+
+
+def relative_contributions(ffn: Ffn, x: Tensor) -> Tensor:
+    """|activation| × norm of the down column over the token's output norm, (t, n)."""
+    active = ffn.activations(x)
+    size = (active @ ffn.down.T).norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return active.abs() * ffn.down.norm(dim=0) / size
+
+
+def most_needed(ffn: Ffn, x: Tensor, count: int) -> Tensor:
+    """The neurons most often in a token's top quarter of contributions, ascending, (count,)."""
+    times = torch.zeros(ffn.gate.shape[0], dtype=torch.int64)
+    quarter = ffn.gate.shape[0] // 4
+    for part in x.split(_CHUNK):
+        best = relative_contributions(ffn, part).topk(quarter, dim=1).indices
+        times += torch.bincount(best.flatten(), minlength=len(times))
+    return times.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def balanced_clusters(profiles: np.ndarray, count: int, seed: int, rounds: int = 4) -> np.ndarray:
+    """Cluster of each profile (n, t), all of equal size: k-means by correlation.
+
+    Each round assigns profiles to the places of clusters at the least total distance.
+    """
+    unit = profiles - profiles.mean(axis=1, keepdims=True)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True).clip(1e-12)
+    centres = unit[np.random.default_rng(seed).permutation(len(unit))[:count]]
+    size = len(unit) // count
+    for _ in range(rounds):
+        closeness = unit @ centres.T  # (n, count)
+        _, places = linear_sum_assignment(np.repeat(closeness, size, axis=1), maximize=True)
+        member = places // size
+        centres = np.stack([unit[member == cluster].mean(axis=0) for cluster in range(count)])
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True).clip(1e-12)
+    return member
+
+
+def fit_router(ffn: Ffn, x: Tensor, order: Tensor, shape: Shape, ridge: float = 1e-3) -> Tensor:
+    """Rows (n_experts, d) that predict how much of a token's output each expert makes.
+
+    Ridge regression from x (t, d); the mean over experts is taken off, for softmax does not see it.
+    Tokens of massive output weigh 21 times as much: there is one in a window, and it must go right.
+    """
+    target = torch.cat([expert_shares(ffn, part, order, shape) for part in x.split(_CHUNK)])
+    size = torch.cat([(ffn.activations(p) @ ffn.down.T).norm(dim=1) for p in x.split(_CHUNK)])
+    weight = (1 + 20.0 * (size > 20 * size.median())).double()[:, None]
+    inputs, target = x.double(), (target - target.mean(dim=1, keepdim=True)).double()
+    gram = inputs.T @ (weight * inputs)
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    rows = torch.linalg.solve(gram, inputs.T @ (weight * target)).T
+    logits = inputs @ rows.T
+    return (rows * (shape.spread / logits.std(dim=1).mean())).float()
+
+
+def expert_shares(ffn: Ffn, x: Tensor, order: Tensor, shape: Shape) -> Tensor:
+    """Norm of each routed expert's part of the dense output over that of the whole, (t, E)."""
+    active = ffn.activations(x)
+    size = (active @ ffn.down.T).norm(dim=1, keepdim=True).clamp_min(1e-12)
+    routed = order[shape.shared :].view(shape.experts, shape.width)
+    norms = [(active[:, e] @ ffn.down[:, e].T).norm(dim=1) for e in routed]
+    return torch.stack(norms, dim=1) / size
+
+
+def routing_weights(x: Tensor, router: Tensor, top_k: int) -> Tensor:
+    """Each expert's weight for each token, zero where it is not chosen, (t, E); rows sum to 1."""
+    best = (x @ router.T).softmax(dim=1).topk(top_k, dim=1)
+    chosen = best.values / best.values.sum(dim=1, keepdim=True)
+    return torch.zeros(len(x), len(router)).scatter_(1, best.indices, chosen)
+
+
+def stored_down(ffn: Ffn, order: Tensor, shape: Shape) -> Tensor:
+    """The dense down projection in `order`, scaled to what the block multiplies by, (d, n).
+
+    Shared columns meet a gate of a half; routed ones a weight whose mean is 1 / top_k.
+    """
+    scale = torch.full((len(order),), float(shape.top_k))
+    scale[: shape.shared] = 1 / SHARED_GATE
+    return ffn.down[:, order] * scale
+
+
+def features(ffn: Ffn, x: Tensor, carved: Carved, shape: Shape) -> Tensor:
+    """Activations in `order` times the factor that the block gives them, (t, n)."""
+    weights = routing_weights(x, carved.router, shape.top_k)
+    factor = torch.cat(
+        [
+            torch.full((len(x), shape.shared), SHARED_GATE),
+            weights.repeat_interleave(shape.width, dim=1),
+        ],
+        dim=1,
+    )
+    return ffn.activations(x)[:, carved.order] * factor
+
+
+def refit_down(
+    ffn: Ffn, x: Tensor, weight: Tensor, carved: Carved, shape: Shape, ridge: float = 0.02
+) -> Tensor:
+    """Down projection that comes nearest to the dense output under the routing, (d, n).
+
+    Least squares with token weights (t,), shrunk to `carved.down`; a column's penalty is `ridge`
+    times its feature's weighted power, so that scale does not matter.
+    """
+    n = len(carved.order)
+    gram = torch.zeros(n, n, dtype=torch.float64)
+    right = torch.zeros(n, ffn.down.shape[0], dtype=torch.float64)
+    for part, w in zip(x.split(_CHUNK), weight.split(_CHUNK), strict=True):
+        found = features(ffn, part, carved, shape)
+        missing = ffn.activations(part) @ ffn.down.T - found @ carved.down.T
+        heavy = found * w[:, None]
+        gram += heavy.T @ found
+        right += heavy.T @ missing
+    power = gram.diagonal().clone()
+    gram.diagonal().add_(ridge * power + 1e-8 * power.mean())
+    change = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
+    return (carved.down.double() + change.T).float()
+
+
+def output_error(ffn: Ffn, x: Tensor, weight: Tensor, carved: Carved, shape: Shape) -> float:
+    """Weighted squared error of the carved layer over the weighted power of the dense output."""
+    error = power = 0.0
+    for part, w in zip(x.split(_CHUNK), weight.split(_CHUNK), strict=True):
+        dense = ffn.activations(part) @ ffn.down.T
+        found = features(ffn, part, carved, shape) @ carved.down.T
+        error += float((w[:, None] * (dense - found).square()).sum())
+        power += float((w[:, None] * dense.square()).sum())
+    return error / power
+
+
+def write_block(block: Any, ffn: Ffn, carved: Carved, shape: Shape) -> None:
+    """Fills a stock Qwen2-MoE block with the carved layer."""
+    first, rest = carved.order[: shape.shared], carved.order[shape.shared :]
+    routed = rest.view(shape.experts, shape.width)
+    down = carved.down[:, shape.shared :].view(-1, shape.experts, shape.width)
+    parts = {
+        "gate.weight": carved.router,
+        "shared_expert_gate.weight": torch.zeros(1, ffn.down.shape[0]),
+        "shared_expert.gate_proj.weight": ffn.gate[first],
+        "shared_expert.up_proj.weight": ffn.up[first],
+        "shared_expert.down_proj.weight": carved.down[:, : shape.shared],
+        "experts.gate_up_proj": torch.cat([ffn.gate[routed], ffn.up[routed]], dim=1),
+        "experts.down_proj": down.transpose(0, 1),
+    }
+    block.load_state_dict(parts)
+
+
+def dense_ffn(mlp: Any) -> Ffn:
+    """The weights of a Llama feed-forward layer in float32."""
+    return Ffn(
+        *(
+            getattr(mlp, name).weight.detach().float()
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+    )
+
+
+def empty_copy(dense: Any, shape: Shape) -> Any:
+    """A stock Qwen2-MoE of the dense Llama's sizes, everything but its experts copied."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    old = dense.config
+    if shape.neurons != old.intermediate_size:
+        raise SettingsError(
+            "shape", shape.neurons, f"{old.intermediate_size} neurons, as the dense layer has"
+        )
+    config = Qwen2MoeConfig(
+        **{name: getattr(old, name) for name in _SAME},
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        moe_intermediate_size=shape.width,
+        shared_expert_intermediate_size=shape.shared,
+        mlp_only_layers=list(range(shape.dense_layers)),
+        norm_topk_prob=True,
+        qkv_bias=False,
+        router_aux_loss_coef=0.0,
+    )
+    model = Qwen2MoeForCausalLM(config).float().eval()
+    missing, _ = model.load_state_dict(dense.state_dict(), strict=False)
+    strange = [name for name in missing if ".mlp." not in name]
+    if strange:
+        raise SettingsError("dense", strange[0], "a Llama without biases")
+    return model
+
+
+@torch.no_grad()
+def carve_model(dense: Any, ids: Tensor, shape: Shape, seed: int) -> tuple[Any, dict[int, float]]:
+    """A stock Qwen2-MoE carved from a dense Llama, and each layer's error on the given windows.
+
+    Parameters
+    ----------
+    dense : LlamaForCausalLM
+        In float32; is not changed.
+    ids : Tensor
+        Token ids of the calibration windows, (n_windows, length).
+    """
+    model, errors = empty_copy(dense, shape), {}
+    hidden = model.model.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1])[None]
+    rotary = model.model.rotary_emb(hidden, positions)
+    with track("carve", total=len(model.model.layers)) as bar:
+        for number, layer in enumerate(model.model.layers):
+            hidden = _after_attention(layer, hidden, rotary)
+            x = layer.post_attention_layernorm(hidden).flatten(0, 1)
+            ffn = dense_ffn(dense.model.layers[number].mlp)
+            if number >= shape.dense_layers:
+                weight = 1 / hidden.flatten(0, 1).square().sum(dim=1)
+                carved = carve_layer(ffn, x, weight, shape, seed)
+                write_block(layer.mlp, ffn, carved, shape)
+                errors[number] = output_error(ffn, x, weight, carved, shape)
+            parts = [layer.mlp(part[None])[0] for part in x.split(_CHUNK)]
+            hidden = hidden + torch.cat(parts).view_as(hidden)
+            bar.advance()
+            bar.remark(f"layer {number}, error {errors.get(number, 0.0):.3f}")
+    return model, errors
+
+
+def _after_attention(layer: Any, hidden: Tensor, rotary: Any) -> Tensor:
+    """The residual stream after a layer's attention, a few windows at a time."""
+    rows = []
+    for part in hidden.split(8):
+        found, _ = layer.self_attn(layer.input_layernorm(part), position_embeddings=rotary)
+        rows.append(part + found)
+    return torch.cat(rows)
