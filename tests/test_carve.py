@@ -11,11 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "benches" / "models"))
 from carving import (
     Carved,
+    Seen,
     Shape,
     balanced_clusters,
     carve_layer,
     carve_model,
     dense_ffn,
+    expert_shares,
     features,
     output_error,
     stored_down,
@@ -44,17 +46,18 @@ def tiny_llama():
 
 @pytest.fixture(scope="module")
 def layer():
-    """A feed-forward layer, inputs to carve it on, others to test it on, weights of tokens."""
+    """A feed-forward layer, what it does on text to carve it on, and on other text."""
     ffn = dense_ffn(tiny_llama().model.layers[1].mlp)
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(3_000, 6, generator=rng) @ torch.randn(6, 24, generator=rng) / 6**0.5
-    return ffn, x[:2_000], x[2_000:], torch.ones(2_000)
+    stream = torch.rand(3_000, 1, generator=rng) + x
+    return ffn, *(Seen.of(ffn, x[p], stream[p]) for p in (slice(2_000), slice(2_000, None)))
 
 
 @pytest.fixture(scope="module")
 def carved(layer):
-    ffn, x, _, weight = layer
-    return carve_layer(ffn, x, weight, SHAPE, 0)
+    ffn, seen, _ = layer
+    return carve_layer(ffn, seen, SHAPE, 0)
 
 
 def test_shared_and_routed_neurons_are_all_neurons(carved):
@@ -62,36 +65,41 @@ def test_shared_and_routed_neurons_are_all_neurons(carved):
 
 
 def test_refit_reduces_the_error_on_the_text_and_on_other_text(layer, carved):
-    ffn, x, fresh, weight = layer
+    ffn, seen, fresh = layer
     copied = replace(carved, down=stored_down(ffn, carved.order, SHAPE))
-    for inputs, most in ((x, 0.8), (fresh, 0.9)):
-        w = weight[: len(inputs)]
-        refitted = output_error(ffn, inputs, w, carved, SHAPE)
-        assert refitted < most * output_error(ffn, inputs, w, copied, SHAPE)
+    for text, most in ((seen, 0.8), (fresh, 0.9)):
+        assert output_error(text, carved, SHAPE) < most * output_error(text, copied, SHAPE)
 
 
 def test_no_change_of_the_refitted_columns_reduces_the_penalised_error(layer, carved):
     """The closed form is the minimum: the objective's gradient by autograd is zero there."""
-    ffn, x, _, _ = layer
-    weight = torch.rand(2_000, generator=torch.Generator().manual_seed(2)) + 0.1
+    ffn, seen, _ = layer
     prior = stored_down(ffn, carved.order, SHAPE).double()
-    down = carve_layer(ffn, x, weight, SHAPE, 0).down.double().requires_grad_()
-    found = features(ffn, x, carved, SHAPE).double()
-    power = (weight[:, None] * found.square()).sum(0)
-    missing = (ffn.activations(x) @ ffn.down.T).double() - found @ down.T
-    penalty = (0.02 * power * (down - prior).square()).sum()
-    ((weight[:, None] * missing.square()).sum() + penalty).backward()
-    scale = 2 * (weight[:, None] * found).T @ found @ down.detach().T
+    down = carved.down.double().requires_grad_()
+    weight = seen.weight.double()[:, None]
+    found = features(seen, carved, SHAPE).double()
+    missing = seen.out.double() - found @ down.T
+    penalty = (0.02 * (weight * found.square()).sum(0) * (down - prior).square()).sum()
+    ((weight * missing.square()).sum() + penalty).backward()
+    scale = 2 * (weight * found).T @ found @ down.detach().T
     assert down.grad.abs().max() < 1e-5 * scale.abs().max()
+
+
+def test_shares_are_the_norms_of_the_experts_outputs(layer, carved):
+    ffn, _, fresh = layer
+    found = expert_shares(ffn, fresh, carved.order, SHAPE)
+    for expert, neurons in enumerate(carved.order[SHAPE.shared :].view(8, 8)):
+        slow = (fresh.active[:, neurons] @ ffn.down[:, neurons].T).norm(dim=1)
+        torch.testing.assert_close(found[:, expert], slow / fresh.out.norm(dim=1))
 
 
 def test_all_experts_with_weights_of_one_over_k_are_the_dense_layer(layer, carved):
     """With equal logits every expert weighs 1/E, which the stored scale E undoes."""
-    ffn, x, _, weight = layer
+    ffn, seen, _ = layer
     every = replace(SHAPE, top_k=SHAPE.experts)
     router = torch.zeros_like(carved.router)
     exact = Carved(carved.order, router, stored_down(ffn, carved.order, every))
-    assert output_error(ffn, x, weight, exact, every) < 1e-12
+    assert output_error(seen, exact, every) < 1e-12
 
 
 def test_clusters_are_of_equal_size_and_find_what_is_alike():

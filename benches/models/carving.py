@@ -7,7 +7,7 @@ the true routing weights. Each layer is carved on the hidden states of the layer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ _SAME = (
     *("rms_norm_eps", "rope_parameters", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )  # settings that both kinds of model have
-_CHUNK = 2_048  # tokens whose activations are held at once
+_SAMPLE = 3_000  # tokens that neurons are compared on
+_CHUNK = 2_048  # tokens whose products are added in float32 before they are added in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,38 +85,62 @@ class Carved:
     """Down projection as the checkpoint stores it, columns in `order`, (d, n)."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a dense feed-forward layer does on t tokens of calibration text."""
+
+    x: Tensor
+    """Inputs, (t, d)."""
+    active: Tensor
+    """Activations, (t, n)."""
+    out: Tensor
+    """Outputs, (t, d)."""
+    weight: Tensor
+    """Weight of the token's squared error in the refit, (t,)."""
+
+    @classmethod
+    def of(cls, ffn: Ffn, x: Tensor, stream: Tensor) -> Seen:
+        """The layer applied to inputs (t, d), which come from a residual stream (t, d).
+
+        A squared error weighs one over the squared norm of the stream, before or after the layer,
+        whichever is more: else a few massive activations decide everything.
+        """
+        active = ffn.activations(x)
+        out = active @ ffn.down.T
+        size = torch.maximum(stream.norm(dim=1), (stream + out).norm(dim=1))
+        return cls(x, active, out, 1 / size.square())
+
+    def sample(self, count: int, seed: int) -> Seen:
+        """At most `count` tokens, drawn by seed."""
+        rows = torch.from_numpy(np.random.default_rng(seed).permutation(len(self.x))[:count])
+        return Seen(self.x[rows], self.active[rows], self.out[rows], self.weight[rows])
+
+
 @torch.no_grad()
-def carve_layer(ffn: Ffn, x: Tensor, weight: Tensor, shape: Shape, seed: int) -> Carved:
-    """One layer's experts, from inputs (t, d) of the layer and a weight (t,) of each token.
-
-    The weight is that of the token's squared error in the refit: one over the squared norm of the
-    residual stream, else a few massive activations decide everything.
-    """
-    shared = most_needed(ffn, x, shape.shared)
+def carve_layer(ffn: Ffn, seen: Seen, shape: Shape, seed: int) -> Carved:
+    """One layer's experts from what it does on calibration text."""
+    contribution = relative_contributions(ffn, seen.sample(_SAMPLE, seed))
+    shared = most_needed(contribution, shape.shared)
     rest = np.setdiff1d(np.arange(ffn.gate.shape[0]), shared.numpy())
-    rows = np.random.default_rng(seed).permutation(len(x))[:3_000]
-    profiles = relative_contributions(ffn, x[torch.from_numpy(rows)])[:, rest].T
-    member = balanced_clusters(profiles.numpy(), shape.experts, seed)
+    member = balanced_clusters(contribution[:, rest].T.numpy(), shape.experts, seed)
     order = torch.cat([shared, torch.from_numpy(rest[np.argsort(member, kind="stable")])])
-    router = fit_router(ffn, x, order, shape)
-    down = refit_down(ffn, x, weight, Carved(order, router, stored_down(ffn, order, shape)), shape)
-    return Carved(order, router, down)
+    carved = Carved(order, fit_router(ffn, seen, order, shape), stored_down(ffn, order, shape))
+    return replace(carved, down=refit_down(seen, carved, shape))
 
 
-def relative_contributions(ffn: Ffn, x: Tensor) -> Tensor:
+def relative_contributions(ffn: Ffn, seen: Seen) -> Tensor:
     """|activation| × norm of the down column over the token's output norm, (t, n)."""
-    active = ffn.activations(x)
-    size = (active @ ffn.down.T).norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return active.abs() * ffn.down.norm(dim=0) / size
+    return seen.active.abs() * ffn.down.norm(dim=0) / _size(seen.out)
 
 
-def most_needed(ffn: Ffn, x: Tensor, count: int) -> Tensor:
+def _size(out: Tensor) -> Tensor:
+    return out.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def most_needed(contribution: Tensor, count: int) -> Tensor:
     """The neurons most often in a token's top quarter of contributions, ascending, (count,)."""
-    times = torch.zeros(ffn.gate.shape[0], dtype=torch.int64)
-    quarter = ffn.gate.shape[0] // 4
-    for part in x.split(_CHUNK):
-        best = relative_contributions(ffn, part).topk(quarter, dim=1).indices
-        times += torch.bincount(best.flatten(), minlength=len(times))
+    best = contribution.topk(contribution.shape[1] // 4, dim=1).indices
+    times = torch.bincount(best.flatten(), minlength=contribution.shape[1])
     return times.argsort(descending=True, stable=True)[:count].sort().values
 
 
@@ -137,16 +162,17 @@ def balanced_clusters(profiles: np.ndarray, count: int, seed: int, rounds: int =
     return member
 
 
-def fit_router(ffn: Ffn, x: Tensor, order: Tensor, shape: Shape, ridge: float = 1e-3) -> Tensor:
+def fit_router(ffn: Ffn, seen: Seen, order: Tensor, shape: Shape, ridge: float = 1e-3) -> Tensor:
     """Rows (n_experts, d) that predict how much of a token's output each expert makes.
 
-    Ridge regression from x (t, d); the mean over experts is taken off, for softmax does not see it.
-    Tokens of massive output weigh 21 times as much: there is one in a window, and it must go right.
+    Ridge regression; the mean over experts is taken off, for softmax does not see it. Tokens of
+    massive output weigh 21 times as much: there is one in a window, and it must go right.
     """
-    target = torch.cat([expert_shares(ffn, part, order, shape) for part in x.split(_CHUNK)])
-    size = torch.cat([(ffn.activations(p) @ ffn.down.T).norm(dim=1) for p in x.split(_CHUNK)])
-    weight = (1 + 20.0 * (size > 20 * size.median())).double()[:, None]
-    inputs, target = x.double(), (target - target.mean(dim=1, keepdim=True)).double()
+    target = expert_shares(ffn, seen, order, shape)
+    target = (target - target.mean(dim=1, keepdim=True)).double()
+    size = _size(seen.out)
+    weight = (1 + 20.0 * (size > 20 * size.median())).double()
+    inputs = seen.x.double()
     gram = inputs.T @ (weight * inputs)
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     rows = torch.linalg.solve(gram, inputs.T @ (weight * target)).T
@@ -154,13 +180,18 @@ def fit_router(ffn: Ffn, x: Tensor, order: Tensor, shape: Shape, ridge: float = 
     return (rows * (shape.spread / logits.std(dim=1).mean())).float()
 
 
-def expert_shares(ffn: Ffn, x: Tensor, order: Tensor, shape: Shape) -> Tensor:
-    """Norm of each routed expert's part of the dense output over that of the whole, (t, E)."""
-    active = ffn.activations(x)
-    size = (active @ ffn.down.T).norm(dim=1, keepdim=True).clamp_min(1e-12)
+def expert_shares(ffn: Ffn, seen: Seen, order: Tensor, shape: Shape) -> Tensor:
+    """Norm of each routed expert's part of the dense output over that of the whole, (t, E).
+
+    |D a|² = aᵀ (DᵀD) a, with the small matrix of the expert's own columns.
+    """
     routed = order[shape.shared :].view(shape.experts, shape.width)
-    norms = [(active[:, e] @ ffn.down[:, e].T).norm(dim=1) for e in routed]
-    return torch.stack(norms, dim=1) / size
+    norms = []
+    for neurons in routed:
+        columns, active = ffn.down[:, neurons], seen.active[:, neurons]
+        square = (active @ (columns.T @ columns) * active).sum(dim=1)
+        norms.append(square.clamp_min(0).sqrt())
+    return torch.stack(norms, dim=1) / _size(seen.out)
 
 
 def routing_weights(x: Tensor, router: Tensor, top_k: int) -> Tensor:
@@ -180,51 +211,43 @@ def stored_down(ffn: Ffn, order: Tensor, shape: Shape) -> Tensor:
     return ffn.down[:, order] * scale
 
 
-def features(ffn: Ffn, x: Tensor, carved: Carved, shape: Shape) -> Tensor:
+def features(seen: Seen, carved: Carved, shape: Shape) -> Tensor:
     """Activations in `order` times the factor that the block gives them, (t, n)."""
-    weights = routing_weights(x, carved.router, shape.top_k)
-    factor = torch.cat(
-        [
-            torch.full((len(x), shape.shared), SHARED_GATE),
-            weights.repeat_interleave(shape.width, dim=1),
-        ],
-        dim=1,
-    )
-    return ffn.activations(x)[:, carved.order] * factor
+    weights = routing_weights(seen.x, carved.router, shape.top_k)
+    shared = torch.full((len(weights), shape.shared), SHARED_GATE)
+    routed = weights.repeat_interleave(shape.width, dim=1)
+    return seen.active[:, carved.order] * torch.cat([shared, routed], dim=1)
 
 
-def refit_down(
-    ffn: Ffn, x: Tensor, weight: Tensor, carved: Carved, shape: Shape, ridge: float = 0.02
-) -> Tensor:
+def refit_down(seen: Seen, carved: Carved, shape: Shape, ridge: float = 0.02) -> Tensor:
     """Down projection that comes nearest to the dense output under the routing, (d, n).
 
-    Least squares with token weights (t,), shrunk to `carved.down`; a column's penalty is `ridge`
-    times its feature's weighted power, so that scale does not matter.
+    Weighted least squares, shrunk to `carved.down`; a column's penalty is `ridge` times its
+    feature's weighted power, so that scale does not matter.
     """
+    found = features(seen, carved, shape)
+    missing = seen.out - found @ carved.down.T
     n = len(carved.order)
     gram = torch.zeros(n, n, dtype=torch.float64)
-    right = torch.zeros(n, ffn.down.shape[0], dtype=torch.float64)
-    for part, w in zip(x.split(_CHUNK), weight.split(_CHUNK), strict=True):
-        found = features(ffn, part, carved, shape)
-        missing = ffn.activations(part) @ ffn.down.T - found @ carved.down.T
-        heavy = found * w[:, None]
-        gram += heavy.T @ found
-        right += heavy.T @ missing
+    right = torch.zeros(n, missing.shape[1], dtype=torch.float64)
+    pieces = (part.split(_CHUNK) for part in (found, missing, seen.weight))
+    for part, lack, weight in zip(*pieces, strict=True):
+        heavy = (part * weight[:, None]).T
+        gram += heavy @ part
+        right += heavy @ lack
     power = gram.diagonal().clone()
     gram.diagonal().add_(ridge * power + 1e-8 * power.mean())
     change = torch.cholesky_solve(right, torch.linalg.cholesky(gram))
     return (carved.down.double() + change.T).float()
 
 
-def output_error(ffn: Ffn, x: Tensor, weight: Tensor, carved: Carved, shape: Shape) -> float:
+def output_error(seen: Seen, carved: Carved, shape: Shape) -> float:
     """Weighted squared error of the carved layer over the weighted power of the dense output."""
-    error = power = 0.0
-    for part, w in zip(x.split(_CHUNK), weight.split(_CHUNK), strict=True):
-        dense = ffn.activations(part) @ ffn.down.T
-        found = features(ffn, part, carved, shape) @ carved.down.T
-        error += float((w[:, None] * (dense - found).square()).sum())
-        power += float((w[:, None] * dense.square()).sum())
-    return error / power
+    missing = seen.out - features(seen, carved, shape) @ carved.down.T
+    error, power = (
+        (seen.weight.double() @ part.double().square()).sum() for part in (missing, seen.out)
+    )
+    return float(error / power)
 
 
 def write_block(block: Any, ffn: Ffn, carved: Carved, shape: Shape) -> None:
@@ -301,12 +324,12 @@ def carve_model(dense: Any, ids: Tensor, shape: Shape, seed: int) -> tuple[Any, 
         for number, layer in enumerate(model.model.layers):
             hidden = _after_attention(layer, hidden, rotary)
             x = layer.post_attention_layernorm(hidden).flatten(0, 1)
-            ffn = dense_ffn(dense.model.layers[number].mlp)
             if number >= shape.dense_layers:
-                weight = 1 / hidden.flatten(0, 1).square().sum(dim=1)
-                carved = carve_layer(ffn, x, weight, shape, seed)
+                ffn = dense_ffn(dense.model.layers[number].mlp)
+                seen = Seen.of(ffn, x, hidden.flatten(0, 1))
+                carved = carve_layer(ffn, seen, shape, seed)
                 write_block(layer.mlp, ffn, carved, shape)
-                errors[number] = output_error(ffn, x, weight, carved, shape)
+                errors[number] = output_error(seen, carved, shape)
             parts = [layer.mlp(part[None])[0] for part in x.split(_CHUNK)]
             hidden = hidden + torch.cat(parts).view_as(hidden)
             bar.advance()
