@@ -13,6 +13,7 @@ import sys
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import typer
 from carving import Shape, carve_model
 from distilling import Recipe, tune
 from judging import judge
+from numpy.typing import NDArray
 from windows import split, windows
 
 from moecollab.demo.train import Run
@@ -78,13 +80,26 @@ def tuned(run: Run, model: Any, dense: Any, tokenizer: Any, text: TrainingText, 
     recipe = run.recipe
     ids = windows(documents, tokenizer, recipe.steps * recipe.rows, recipe.length, recipe.seed)
     tune(run, model, dense, ids)
+    difference = save(model, tokenizer, torch.from_numpy(ids[:2]), out)
+    say(f"largest logit difference after loading in a fresh process: {difference:.1e}")
+    write_json(out / "reload.json", {"largest_logit_difference": difference})
+
+
+@torch.no_grad()
+def save(model: Any, tokenizer: Any, ids: torch.Tensor, out: Path) -> float:
+    """Writes the model in bfloat16; returns how far logits on `ids` are from a fresh process's.
+
+    Parameters alone are rounded before ours are taken: rotary frequencies stay in float32, as they
+    are when the folder is loaded so.
+    """
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    ours = model(input_ids=ids).logits.numpy()
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
-    difference = reload_difference(model.float(), torch.from_numpy(ids[:2]), out)
-    say(f"largest logit difference after loading in a fresh process: {difference:.1e}")
-    write_json(out / "reload.json", {"largest_logit_difference": difference}, overwrite=True)
+    return float(np.abs(fresh_logits(ids, out) - ours).max())
 
 
 _RELOAD = """
@@ -97,16 +112,13 @@ with torch.inference_mode():
 """
 
 
-@torch.inference_mode()
-def reload_difference(model: Any, ids: torch.Tensor, out: Path) -> float:
-    """Largest distance between our logits and those of the saved folder in a fresh process."""
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory() as folder:
-        given, found = Path(folder) / "ids.npy", Path(folder) / "logits.npy"
+def fresh_logits(ids: torch.Tensor, folder: Path) -> NDArray[np.float32]:
+    """Logits of a saved folder, loaded by stock transformers in another process."""
+    with TemporaryDirectory() as between:
+        given, found = Path(between) / "ids.npy", Path(between) / "logits.npy"
         np.save(given, ids.numpy())
-        subprocess.run([sys.executable, "-c", _RELOAD, out, given, found], check=True)
-        return float(np.abs(np.load(found) - model(input_ids=ids).logits.numpy()).max())
+        subprocess.run([sys.executable, "-c", _RELOAD, folder, given, found], check=True)
+        return np.load(found)
 
 
 def main(

