@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moecollab.errors import SettingsError
-from moecollab.progress import track
+from moecollab.progress import say, track
 
 SHARED_GATE = 0.5
 """Qwen2-MoE multiplies its shared expert by sigmoid(gate · x); a gate of zeros gives a half."""
@@ -333,7 +333,7 @@ def carve_model(dense: Any, ids: Tensor, shape: Shape, seed: int) -> tuple[Any, 
             parts = [layer.mlp(part[None])[0] for part in x.split(_CHUNK)]
             hidden = hidden + torch.cat(parts).view_as(hidden)
             bar.advance()
-            bar.remark(f"layer {number}, error {errors.get(number, 0.0):.3f}")
+            say(f"layer {number}: relative error {errors.get(number, 0.0):.4f}")
     return model, errors
 
 

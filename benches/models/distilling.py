@@ -20,7 +20,7 @@ _CHUNK = 256  # tokens whose logits over the vocabulary are held at once
 class Recipe:
     """What a tuning run is made of; written beside its checkpoint and compared when it resumes."""
 
-    steps: int = 200
+    steps: int = 120
     """Optimiser steps."""
     rows: int = 4
     """Windows of a step."""
@@ -105,7 +105,7 @@ def tune_step(model: Any, dense: Any, optimiser: Any, ids: Tensor, rate: float) 
 
 
 def tune(
-    run: train.Run, model: Any, dense: Any, windows: NDArray[np.int64], *, every: int = 25
+    run: train.Run, model: Any, dense: Any, windows: NDArray[np.int64], *, every: int = 20
 ) -> Any:
     """Tunes the model to the recipe's last step, from the newest checkpoint if there is one.
 
