@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import moecollab as mc
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benches" / "models"))
 from carving import (
     Carved,
@@ -32,7 +34,7 @@ def tiny_llama():
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96,
+        vocab_size=260,
         hidden_size=24,
         intermediate_size=SHAPE.neurons,
         num_hidden_layers=3,
@@ -141,6 +143,16 @@ def test_stock_model_computes_what_the_carve_promises(layer):
                 routed[token] += weight * block.experts.down_proj[expert] @ active
     torch.testing.assert_close(ours, first)
     torch.testing.assert_close(seen["out"].flatten(0, 1), shared + routed, rtol=1e-4, atol=1e-5)
+
+
+def test_extract_records_the_carved_layers_alone(tokenizer, texts, tmp_path):
+    ids = torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(3))
+    model, _ = carve_model(tiny_llama(), ids, SHAPE, 0)
+    acts = mc.extract(model, texts, out=tmp_path / "acts", tokenizer=tokenizer)
+    assert list(acts.layers) == [1, 2]
+    count = acts.tallies().count.sum(axis=0)
+    assert count.shape == (2, SHAPE.experts)
+    assert (count.sum(axis=1) == acts.n_tokens * SHAPE.top_k).all()
 
 
 def test_divergence_and_its_gradient_are_those_of_plain_autograd():
