@@ -1,14 +1,18 @@
 """Carving a dense Llama into experts: neurons are kept, scales are right, the refit helps."""
 
+import copy
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 
 import moecollab as mc
+from moecollab.demo.training_text import read_training_text
+from moecollab.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benches" / "models"))
 from carving import (
@@ -25,6 +29,7 @@ from carving import (
     stored_down,
 )
 from distilling import Recipe, divergence, is_tuned, make_optimiser, tune_step
+from windows import split, windows
 
 SHAPE = Shape(shared=16, experts=8, width=8, top_k=2, dense_layers=1)
 
@@ -182,6 +187,30 @@ def test_tuning_draws_the_model_to_its_parent_and_leaves_the_rest_alone():
     assert not is_tuned("lm_head.weight", 1)
     assert not is_tuned("model.layers.0.mlp.up_proj.weight", 1)
     assert is_tuned("model.layers.1.mlp.gate.weight", 1)
+
+
+def test_text_to_carve_on_and_to_tune_on_are_apart_and_domains_weigh_alike(tokenizer, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "facts").mkdir()
+    pl.DataFrame({"relation": ["r"]}).write_parquet(tmp_path / "facts" / "facts.parquet")
+    for letter in "ab":
+        table = pl.DataFrame({"text": [letter * (50 + i) for i in range(40)]})
+        table.write_parquet(tmp_path / "corpus" / f"{letter}.parquet")
+    text = read_training_text(tmp_path)
+    calibration, tuning = split(text)
+    for domain, documents in calibration.items():
+        parts = (documents, tuning[domain], text.held_out[domain])
+        assert all(parts)
+        assert sorted(sum(parts, [])) == sorted(domain * (50 + i) for i in range(40))
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    rows = windows(tuning, tokenizer, 10, 16, 0)
+    assert rows.shape == (10, 16)
+    first = tokenizer.convert_tokens_to_ids("a")
+    assert sum(first in row for row in rows) == 5
+    assert (rows == windows(tuning, tokenizer, 10, 16, 0)).all()
+    with pytest.raises(DataError, match="ask for fewer windows"):
+        windows(tuning, tokenizer, 10_000, 16, 0)
 
 
 @pytest.mark.slow
