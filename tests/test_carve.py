@@ -199,9 +199,10 @@ def test_text_to_carve_on_and_to_tune_on_are_apart_and_domains_weigh_alike(token
     text = read_training_text(tmp_path)
     calibration, tuning = split(text)
     for domain, documents in calibration.items():
-        parts = (documents, tuning[domain], text.held_out[domain])
-        assert all(parts)
-        assert sorted(sum(parts, [])) == sorted(domain * (50 + i) for i in range(40))
+        assert documents
+        assert tuning[domain]
+        every = documents + tuning[domain] + text.held_out[domain]
+        assert sorted(every) == sorted(domain * (50 + i) for i in range(40))
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
     rows = windows(tuning, tokenizer, 10, 16, 0)
