@@ -15,6 +15,9 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import moecollab as mc
+from moecollab.criteria import get
+from moecollab.criteria.base import Evidence
+from moecollab.record.tallies import Tallies
 from real_routing import N_EXPERTS, load_routing
 
 
@@ -83,6 +86,54 @@ def hierarchy(rows):
         )
 
 
+def control(rows):
+    """CAEP beside routing mass, which is CAEP with X in place of D R; and beside chance."""
+    fit = mc.HSDL().fit(rows)
+    shape = (rows.n_sites // N_EXPERTS, N_EXPERTS)
+    mass = np.bincount(rows.sites, rows.values, rows.n_sites).reshape(shape)
+    level = fit.levels[0]
+    known = {"D r": (level.usage @ level.atoms).reshape(shape)}
+    for drop in (0.25, 0.5, 0.75):
+        evidence = Evidence(
+            tallies=Tallies.zeros(("all",), *shape, groups=("routing",)).total(),
+            top_k=6,
+            collaboration=fit,
+            drop=drop,
+        )
+        scores = {name: get(name).function(evidence) for name in ("caep", "caep_composed")} | known
+        for name, found in scores.items():
+            shared = [overlap(found, mass, drop, whole) for whole in (True, False)]
+            say(
+                "control",
+                f"{drop:.0%} dropped by {name}: {shared[0]:.3f} of the experts kept are those that "
+                f"routing mass keeps, {shared[1]:.3f} with equal numbers per layer",
+            )
+    say("control", f"{spearman(known['D r'], mass):.4f} is Spearman's correlation of D r with mass")
+
+
+def overlap(one, other, drop, whole):
+    """Share of the experts kept by one that the other keeps too."""
+    first, second = (
+        kept(scores.reshape(1, -1) if whole else scores, drop) for scores in (one, other)
+    )
+    return (first & second).sum() / first.sum()
+
+
+def kept(scores, drop):
+    """Which experts of every row stay."""
+    n_kept = scores.shape[1] - int(drop * scores.shape[1] + 0.5)
+    mask = np.zeros(scores.shape, bool)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :n_kept]
+    np.put_along_axis(mask, order, True, 1)
+    return mask
+
+
+def spearman(one, other):
+    """Rank correlation over all experts."""
+    ranks = [np.argsort(np.argsort(scores.ravel())) for scores in (one, other)]
+    return np.corrcoef(*ranks)[0, 1]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
@@ -91,6 +142,7 @@ def main():
     print("| Claim | Measured |\n| --- | --- |")
     lift(load_routing(options.folder))
     hierarchy(load_routing(options.folder, options.rows))
+    control(load_routing(options.folder))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--collect", default="")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="in tokens")
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--folder", default="")
     parser.add_argument("--corpus", default="")
@@ -97,9 +98,9 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
-        write_corpus(corpus, max(LENGTHS))
+        write_corpus(corpus, max(options.lengths))
         print("| tokens | the model alone | recording | more | tokens/s |\n|--:|--:|--:|--:|--:|")
-        for tokens in LENGTHS:
+        for tokens in options.lengths:
             base, _ = measure(options, tokens, corpus, bare=True)
             peak, seconds = measure(options, tokens, corpus, bare=False)
             cells = f"{base:.0f} MB | {peak:.0f} MB | {peak - base:.0f} MB"

@@ -137,13 +137,49 @@ def test_bad_input_is_one_sentence_and_writes_nothing(inside, model_folder, text
     refused(inside("evaluate", model_folder, "--out", out), "corpus")
     config = json.loads((dense / "config.json").read_text()) | {"model_type": "weird_moe"}
     (dense / "config.json").write_text(json.dumps(config))
-    refused(inside("extract", dense, text, "--out", out), "weird_moe", "mixtral", "register_layout")
+    refused(
+        inside("extract", dense, text, "--out", out), "weird_moe", "qwen3_moe", "register_layout"
+    )
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("mine")
     refused(inside("extract", model_folder, text, "--out", precious, "--overwrite"), "precious")
     assert (precious / "thesis.txt").exists()
     assert not out.exists()
+
+
+def test_version(inside):
+    assert inside("--version")[:2] == (0, f"moecollab {mc.__version__}\n")
+
+
+def test_misspelt_sums_are_answered_with_near_names(inside, model_folder, text):
+    for asked, near in (("chanels", "channels"), ("pairs, raep", "reap"), ("vocab", "vocabulary")):
+        refused(
+            inside("extract", model_folder, text, "--out", "out", "--collect", asked),
+            f"did you mean {near}",
+        )
+    asked = "pairs, reap,preferences"
+    assert inside("extract", model_folder, text, "--out", "out", "--collect", asked)[0] == 0
+
+
+@pytest.mark.parametrize("gigabytes", ["0.5", "1.0"])
+def test_memory_for_hidden_states_needs_layer_by_layer(inside, model_folder, text, gigabytes):
+    made = ["extract", model_folder, text, "--out", "out", "--hidden-gb", gigabytes]
+    code, _, error = inside(*made)
+    assert code == 2
+    assert "'--hidden-gb': it works with --layer-by-layer; give both or leave it out" in error
+    assert inside(*made, "--layer-by-layer")[0] == 0
+
+
+def test_a_context_beyond_the_models_own_is_said(inside, model_folder, text):
+    said = "read in pieces of 64 tokens, not 100: the model has no more places"
+    for asked in ("100", "64"):
+        made = ["extract", model_folder, text, "--out", f"acts{asked}", "--context", asked]
+        tried = ["evaluate", model_folder, "--corpus", text, "--out", f"{asked}.json"]
+        for command in (made, [*tried, "--context", asked]):
+            code, _, error = inside(*command)
+            assert code == 0, error
+            assert (said in " ".join(error.split())) == (asked == "100")
 
 
 def test_damaged_files_and_impossible_plans(inside, model_folder, text, tmp_path):
@@ -204,3 +240,23 @@ def test_model_path_that_is_not_there(inside, text):
     refused(
         inside("extract", "no/such/model", text, "--out", "acts"), "no/such/model does not exist"
     )
+
+
+def test_weights_are_scored_without_a_recording(inside, model_folder):
+    code, shown, _ = inside(
+        "score", "--model", model_folder, "--criterion", "aimer", "--out", "aimer.parquet"
+    )
+    assert (code, "Scores(aimer: 3 layers × 8 experts" in shown) == (0, True)
+    assert mc.load_scores("aimer.parquet").activations is None
+    plan = mc.plan("aimer.parquet", drop=0.25)
+    assert (plan.activations, plan.n_dropped) == (None, 6)
+    code, _, said = inside("score", "--criterion", "aimer", "--out", "other.parquet")
+    assert (code, said.count("\n")) == (1, 1)
+    assert "needs weights, which is not there; pass the model: model= (--model)" in said
+
+
+def test_criteria_lists_every_one(inside):
+    code, shown, _ = inside("criteria")
+    assert code == 0
+    for words in ("no data: ", "easy_ep ", "needs routing, shift", "Which to use: "):
+        assert words in shown

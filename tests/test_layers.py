@@ -23,7 +23,7 @@ ORDER = [
     "cli",
 ]
 PUBLIC_ONLY = {"demo", "cli"}
-ALLOWED = {"moecollab.criteria", "moecollab.demo.demo"}
+ALLOWED = {"moecollab.criteria", "moecollab.demo.demo", "moecollab.record.sums"}
 LIGHT = {"torch", "transformers", "lm_eval", "plotly", "matplotlib", "polars", "datasets"}
 DOORS = {
     "plotly": {"reporting"},

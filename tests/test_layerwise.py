@@ -1,10 +1,13 @@
 """A model on disk, one layer at a time, records what the whole model does."""
 
 import errno
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from moecollab import plan, progress, score
 from moecollab.cli.main import app
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
 from moecollab.manifest import digest_file, read_json
-from moecollab.models import conversion
+from moecollab.models import checkpoint, conversion
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.loading import digest_model, load_model
 from moecollab.models.masking import mask
@@ -309,6 +312,31 @@ def test_tensors_are_read_as_safetensors_does(tmp_path):
         for key, value in load_file(tmp_path / "model.safetensors").items():
             torch.testing.assert_close(unread[key][...], value, rtol=0, atol=0)
             assert unread[key].get_shape() == list(value.shape)
+
+
+def test_tensors_are_read_where_the_system_has_no_preadv(tmp_path, monkeypatch):
+    tensors = {f"t{number}": torch.randn(50, 41) for number in range(40)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.delattr(os, "preadv", raising=False)
+    spec = importlib.util.spec_from_file_location("elsewhere", checkpoint.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "elsewhere", module)
+    spec.loader.exec_module(module)
+    with (
+        module.Checkpoint.open(str(tmp_path)).unread(tensors) as unread,
+        ThreadPoolExecutor(4) as threads,  # as the loader of transformers has them
+    ):
+        read = list(threads.map(lambda key: unread[key][...], tensors))
+    assert all(map(torch.equal, read, tensors.values()))
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_damaged(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(5000)}, path, metadata={"format": "pt"})
+    with Checkpoint.open(str(tmp_path)).unread(["a"]) as unread:
+        os.truncate(path, 1000)
+        with pytest.raises(DataError, match=r"damaged \(it ends within a tensor"):
+            unread["a"][...]
 
 
 @pytest.fixture

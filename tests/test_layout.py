@@ -14,6 +14,7 @@ from moecollab.models.probability import SCORES
 from moecollab.models.registry import families, register_layout, unregister_layout
 from moecollab.models.routing import Call, find_moe_layers, takes_routing
 from moecollab.pruning.pruning import prune
+from moecollab.record.extraction import extract
 from moecollab.record.recorder import Recorder
 
 
@@ -43,16 +44,92 @@ def test_experts_that_are_called_otherwise_are_not_taken_for_a_dense_model():
         find_moe_layers(model)
 
 
-def test_unknown_family_lists_the_known_and_how_to_add_one():
+def test_unknown_family_says_first_how_to_add_it_and_names_like_ones():
     model = models.build("mixtral")
-    model.config.model_type = "brand_new"
+    model.config.model_type = "deepseek_v9"
     with pytest.raises(UnsupportedModelError) as caught:
         find_moe_layers(model)
     message = str(caught.value)
-    assert "MixtralForCausalLM (model_type 'brand_new')" in message
-    assert all(family in message for family in families())
-    assert "register_layout" in message
+    assert message.startswith("MixtralForCausalLM (model_type 'deepseek_v9') is of a Mixture-of-")
+    assert message.index("register_layout") < message.index("(a like name: deepseek_v4")
     assert "docs/models.md" in message
+    assert "moecollab.models.registry.families()" in message
+    assert sum(family in message for family in families()) < 5
+    model.config.model_type = "zzz"
+    with pytest.raises(UnsupportedModelError, match="lists the known families, and so does"):
+        find_moe_layers(model)
+
+
+def compiled_in_part(how):
+    model = models.build("mixtral")
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "a part":
+        model.model.layers[1].mlp = torch.compile(model.model.layers[1].mlp, backend="eager")
+    else:
+        model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("how", ["in place", "a part", "forward"])
+def test_models_that_are_compiled_within_are_refused(how, texts, tokenizer, tmp_path):
+    where = "model.layers.1.mlp" if how == "a part" else "the model"
+    message = f"^{where} is compiled by torch.compile, .*leave out what compiles it"
+    model = compiled_in_part(how)
+    with pytest.raises(UnsupportedModelError, match=message):
+        extract(model, texts, out=tmp_path / "acts", tokenizer=tokenizer)
+    with pytest.raises(UnsupportedModelError, match=message):
+        Mask(model, Keep({0: (0, 1), 1: (0, 1), 2: (0, 1)}, models.N_EXPERTS, 2))
+
+
+def test_a_compiled_model_is_recorded_as_the_one_inside(texts, tokenizer, tmp_path):
+    model = models.build("mixtral")
+    kinds = {"plain": model, "compiled": torch.compile(model, backend="eager")}
+    plain, compiled = (
+        extract(one, texts, out=tmp_path / name, tokenizer=tokenizer) for name, one in kinds.items()
+    )
+    assert compiled.manifest["inputs"] == plain.manifest["inputs"]
+    assert compiled.manifest["model"] == plain.manifest["model"]
+    for one, other in zip(plain.layers, compiled.layers, strict=True):
+        assert (plain.layer(one).norm == compiled.layer(other).norm).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"router": "router"}, "has no 'router', which the layout of 'my_moe' names as its router"),
+        ({"top_k": "moe_k"}, "has no 'moe_k', which the layout of 'my_moe' names as its top_k"),
+        ({"capture": "sorted"}, "are a ModuleList, which capture='sorted' cannot listen to; .*="),
+        ({"capture": "scaled_input"}, "again with capture='modules'"),
+    ],
+)
+def test_a_wrong_layout_of_a_list_gets_a_sentence(my_family, change, said):
+    model = models.build("mixtral")
+    model.config.model_type = "my_moe"
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(models.N_EXPERTS))
+        del layer.mlp.gate.top_k
+    right = {"count": "num_local_experts", "capture": "modules"}
+    register_layout(Layout(family="my_moe", **right), replace=True)
+    assert len(find_moe_layers(model)) == 3
+    register_layout(Layout(family="my_moe", **(right | change)), replace=True)
+    with pytest.raises(UnsupportedModelError, match=said):
+        find_moe_layers(model)
+
+
+def test_a_container_is_no_list_and_a_factor_must_be_there(my_family):
+    model = models.build("mixtral")
+    model.config.model_type = "my_moe"
+    register_layout(
+        Layout(family="my_moe", count="num_local_experts", capture="modules"), replace=True
+    )
+    with pytest.raises(UnsupportedModelError, match="again with another capture than 'modules'"):
+        find_moe_layers(model)
+    register_layout(
+        Layout(family="my_moe", count="num_local_experts", scale="factor"), replace=True
+    )
+    with pytest.raises(UnsupportedModelError, match=r"has no 'factor', which .* as its scale"):
+        _ = find_moe_layers(model)[0].scale
 
 
 def test_module_without_a_config():

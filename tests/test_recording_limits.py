@@ -65,7 +65,7 @@ def test_a_full_disk_loses_nothing(model_folder, texts, tmp_path, monkeypatch):
     group = windows.group_shards
     monkeypatch.setattr(extraction, "group_shards", lambda samples: group(samples, 60))
     whole = files(extract(model_folder, texts, out=tmp_path / "whole").path)
-    write, written = shards.write_bytes, []
+    write, written = shards.write_tensors, []
 
     def full(path, data, **options):
         if len(written) == 2:
@@ -74,12 +74,12 @@ def test_a_full_disk_loses_nothing(model_folder, texts, tmp_path, monkeypatch):
         write(path, data, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_bytes", full)
+        patch.setattr(shards, "write_tensors", full)
         with pytest.raises(OSError, match="No space left"):
             extract(model_folder, texts, out=tmp_path / "acts")
     assert not (tmp_path / "acts").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_bytes", lambda *a, **o: (written.append(a), write(*a, **o)))
+        patch.setattr(shards, "write_tensors", lambda *a, **o: (written.append(a), write(*a, **o)))
         assert files(extract(model_folder, texts, out=tmp_path / "acts").path) == whole
     assert len(written) == 4, "two shards were there already"
 

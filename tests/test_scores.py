@@ -105,3 +105,16 @@ def test_damaged_files(tmp_path):
     lacking = {key: value for key, value in json.loads(about).items() if key != "top_k"}
     with pytest.raises(DataError, match="incomplete"):
         load_scores(rewritten(table, json.dumps(lacking)))
+
+
+def test_experts_that_were_never_routed_are_reported():
+    scores = make(counts=np.array([[1, 0, 3], [0, 5, 6]]))
+    assert scores.unrouted == ((1, 1), (10, 0))
+    assert repr(scores) == "Scores(reap: 2 layers × 3 experts, -1 to 2; 2 never routed)"
+    assert make(counts=np.zeros((2, 3), np.int64)).unrouted == ()
+
+
+def test_scores_without_a_recording(tmp_path):
+    scores = make(activations=None, counts=np.zeros((2, 3), np.int64))
+    scores.save(tmp_path / "scores.parquet")
+    assert load_scores(tmp_path / "scores.parquet").activations is None

@@ -100,6 +100,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public object)
     """Imports a public name on first use."""
+    if name == "criteria":  # so that mc.criteria.register is there without another import
+        return import_module("moecollab.criteria")
     if name not in _HOME:
         raise AttributeError(f"module 'moecollab' has no attribute {name!r}")
     value = getattr(import_module(f"moecollab.{_HOME[name]}"), name)

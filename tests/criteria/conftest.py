@@ -1,7 +1,19 @@
-"""Activations for every criterion's tests."""
+"""Activations and a model for every criterion's tests."""
 
+import numpy as np
 import pytest
 from synthetic import make_recorded
+
+import models
+from moecollab.criteria import get
+from moecollab.criteria.base import Needs
+from moecollab.criteria.scoring import score
+
+collect_ignore = ["register_busy_peak.py"]
+"""Registers a criterion when it is imported, as its reader would."""
+
+WINDOWS = np.random.default_rng(0).integers(3, models.VOCABULARY, (4, 16))
+"""Token ids of text to run the model on."""
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +28,7 @@ def acts(recorded, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def bare_acts(tmp_path_factory):
-    """Activations without output norms."""
+    """Activations without output norms, and without all that is recorded on request."""
     return make_recorded(norms=False).save(tmp_path_factory.mktemp("acts") / "bare")
 
 
@@ -31,3 +43,25 @@ def fitted():
 @pytest.fixture(scope="session")
 def collaboration(acts, fitted):
     return fitted(acts)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """A model with the layers, experts and top-k of the recorded one."""
+    return models.build("qwen2_moe", num_experts=6, num_hidden_layers=4, mlp_only_layers=[0, 2])
+
+
+@pytest.fixture
+def scored(acts, fitted, model):
+    """A function: scores by a criterion, with all that it needs."""
+
+    def run(name, of=acts, parameters=model, **settings):
+        needs = get(name).needs
+        patterns = fitted(of) if Needs.COLLABORATION in needs else None
+        if needs & (Needs.WEIGHTS | Needs.MODEL):
+            settings |= {"model": parameters}
+        if Needs.MODEL in needs:
+            settings |= {"corpus": list(WINDOWS)}
+        return score(name, of, collaboration=patterns, **settings)
+
+    return run

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecollab.criteria.base import Evidence
-from moecollab.criteria.caep import caep, ranks, threshold_fraction
+from moecollab.criteria.caep import caep, caep_composed, ranks, threshold_fraction
 from moecollab.errors import MissingInputError
 from moecollab.record.tallies import Tallies
 
@@ -112,3 +112,29 @@ def test_function_says_what_it_lacks():
     bare = Evidence(tallies=_zeros(1, 2), top_k=1)
     with pytest.raises(MissingInputError, match="caep needs a collaboration"):
         caep(bare)
+
+
+def test_composed_levels_rank_by_the_finest_one():
+    """Level 1 keeps experts 0 and 1 longest, level 2 experts 2 and 3."""
+
+    def level(atoms, usage):
+        found = np.asarray(atoms, np.float32), np.asarray(usage, np.float64)
+        return SimpleNamespace(atoms=found[0], usage=found[1], peak=np.ones(len(usage)))
+
+    coarse = level([[1, 0.9, 0, 0], [0, 0, 1, 0.9]], [10, 3])
+    fine = level([[1, 0.9, 0, 0], [0, 0, 1, 0.9]], [2, 8])
+    both = SimpleNamespace(levels=(coarse, fine))
+    one = SimpleNamespace(levels=(coarse,))
+    given = {"tallies": _zeros(1, 4), "top_k": 1, "drop": 0.5}
+    assert caep(Evidence(**given, collaboration=both)).tolist() == [[3, 2, 1, 0]]
+    assert caep_composed(Evidence(**given, collaboration=both)).tolist() == [[1, 0, 3, 2]]
+    assert caep_composed(Evidence(**given, collaboration=one)).tolist() == [[3, 2, 1, 0]]
+
+
+def test_usage_of_the_finest_level_is_that_of_composed_codes(collaboration):
+    """e = D_2 R_2 R_1 1, from the codes and links themselves."""
+    links = collaboration.levels[1].links
+    first = collaboration.codes.matrix(len(links)).toarray()
+    composed = first @ links
+    usage = collaboration.levels[1].usage
+    np.testing.assert_allclose(composed.sum(axis=0), usage, rtol=1e-4, atol=1e-4)

@@ -1,11 +1,15 @@
 """What every registered criterion owes."""
 
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import models
 from moecollab import criteria
+from moecollab.criteria import listing
 from moecollab.criteria.base import FORM, Criterion, Evidence, Needs
 from moecollab.criteria.scoring import score
 from moecollab.errors import (
@@ -15,10 +19,42 @@ from moecollab.errors import (
     ShapeError,
     StaleInputError,
 )
+from moecollab.models.routing import find_moe_layers
+from moecollab.models.slicing import slice_experts, slice_router
 
 NAMES = criteria.names()
-MEANS = ("esft_gate", "esft_token", "reap")
+MEANS = ("esft_gate", "esft_token", "gate_mean", "reap", "ean_mean", "msan", "mean_output_norm")
 """Criteria that are means over tokens."""
+
+UNCHANGED = (
+    *MEANS,
+    "max_activation",
+    "evtc",
+    "ecc",
+    "ets",
+    "eae",
+    "easy_ep_mixed",
+    "ranked_choice",
+)
+"""Criteria that a text read twice does not change."""
+
+TWICE = ("frequency", "gate_sum", "soft_routing", "ean_sum", "reap_sum", "easy_ep", "shapley")
+"""Criteria that a text read twice doubles."""
+
+NOT_RECORDED = tuple(
+    name for name in NAMES if not criteria.get(name).needs & ~(Needs.WEIGHTS | Needs.MODEL)
+)
+"""Criteria that read a model, or nothing."""
+
+RANKED = ("caep", "caep_composed", "ecc", "ets", "ranked_choice")
+"""Criteria that order experts, of equals by id."""
+
+OF_SUMS = tuple(
+    name
+    for name in NAMES
+    if not criteria.get(name).needs & (Needs.TOKENS | Needs.WEIGHTS | Needs.MODEL)
+)
+"""Criteria that read sums and patterns alone."""
 
 
 @pytest.fixture(params=NAMES)
@@ -26,22 +62,8 @@ def name(request):
     return request.param
 
 
-@pytest.fixture
-def scored(name, acts, request):
-    """Scores by this criterion, with patterns if it wants them."""
-    return lambda of=acts, **settings: score(
-        name, of, collaboration=_patterns(name, of, request), **settings
-    )
-
-
-def _patterns(name, acts, request):
-    if Needs.COLLABORATION not in criteria.get(name).needs:
-        return None
-    return request.getfixturevalue("fitted")(acts)
-
-
 def test_scores_are_finite_float64_of_every_expert(scored, name, acts):
-    found = scored()
+    found = scored(name)
     assert found.values.dtype == np.float64
     assert found.values.shape == (2, 6)
     assert np.isfinite(found.values).all()
@@ -49,25 +71,26 @@ def test_scores_are_finite_float64_of_every_expert(scored, name, acts):
     assert found.activations == acts.digest()
 
 
-def test_counts_are_those_of_the_table(scored, acts):
-    found = scored()
+def test_counts_are_those_of_the_table(scored, name, acts):
+    found = scored(name)
     for row, layer in enumerate(acts.layers):
         expert = acts.layer(layer).expert
         assert found.counts[row].tolist() == np.bincount(expert.ravel(), minlength=6).tolist()
 
 
-def test_scores_are_deterministic(scored):
-    first, second = scored(), scored()
+def test_scores_are_deterministic(scored, name):
+    first, second = scored(name), scored(name)
     assert first.values.tobytes() == second.values.tobytes()
 
 
-def test_an_expert_that_is_never_routed_is_scored_lowest(scored, name, collaboration):
-    found = scored()
-    assert (found.counts[:, 5] == 0).all()
-    if name == "random":
+def test_an_expert_that_is_never_routed_is_scored_lowest_and_reported(scored, name, collaboration):
+    found = scored(name)
+    assert found.unrouted == ((1, 5), (3, 5))
+    if name in NOT_RECORDED:
         assert np.isfinite(found.values[:, 5]).all()
-    elif name == "caep":
-        in_no_pattern = collaboration.levels[0].usage @ collaboration.levels[0].atoms == 0
+    elif name.startswith("caep"):
+        level = collaboration.levels[-1 if name == "caep_composed" else 0]
+        in_no_pattern = level.usage @ level.atoms == 0
         assert in_no_pattern.reshape(found.values.shape)[:, 5].all()
         assert (found.values[:, 5] < in_no_pattern.sum()).all()
     else:
@@ -75,52 +98,84 @@ def test_an_expert_that_is_never_routed_is_scored_lowest(scored, name, collabora
 
 
 def test_relabelled_experts_get_relabelled_scores(scored, name, recorded, tmp_path):
-    if name in ("random", "caep"):
-        pytest.skip("draws by position" if name == "random" else "see test_caep, up to ties")
+    if name == "random" or name in RANKED:
+        pytest.skip("draws by position" if name == "random" else "up to ties: see its own tests")
     order = [3, 5, 0, 1, 4, 2]
-    other = scored(recorded.relabelled(order).save(tmp_path / "other"))
-    np.testing.assert_allclose(other.values, scored().values[:, order], rtol=1e-12)
+    other = recorded.relabelled(order).save(tmp_path / "other")
+    found = scored(name, other, _relabelled_model(order))
+    np.testing.assert_allclose(found.values, scored(name).values[:, order], rtol=1e-6, atol=1e-9)
 
 
+def _relabelled_model(order):
+    """The same model, with expert `order[i]` called `i`."""
+    model = models.build("qwen2_moe", num_experts=6, num_hidden_layers=4, mlp_only_layers=[0, 2])
+    for layer in find_moe_layers(model):
+        slice_router(layer, order)
+        slice_experts(layer, order)
+    return model
+
+
+def _by_sums(name, tallies, collaboration):
+    evidence = Evidence(
+        tallies=tallies.total(), by_domain=tallies, top_k=2, collaboration=collaboration
+    )
+    return criteria.get(name).function(evidence)
+
+
+@pytest.mark.parametrize("name", OF_SUMS)
 def test_cutting_the_table_into_batches_changes_nothing(name, recorded, collaboration):
     n_tokens = recorded.expert.shape[1]
     whole = recorded.tallies()
     cut = np.random.default_rng(0).permutation(n_tokens)
     parts = [recorded.part(cut[i::3]).tallies() for i in range(3)]
     merged = parts[0].merge(parts[1]).merge(parts[2])
-    first, second = (
-        criteria.get(name).function(
-            Evidence(tallies=tallies.total(), top_k=2, collaboration=collaboration)
-        )
-        for tallies in (whole, merged)
-    )
+    first, second = (_by_sums(name, tallies, collaboration) for tallies in (whole, merged))
     np.testing.assert_allclose(first, second, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", MEANS)
-def test_doubling_the_corpus_changes_no_mean(name, recorded):
-    tallies = recorded.tallies()
-    function = criteria.get(name).function
-    once, twice = (
-        function(Evidence(tallies=found.total(), top_k=2))
-        for found in (tallies, tallies.merge(tallies))
-    )
-    np.testing.assert_allclose(once, twice, rtol=1e-12)
+@pytest.mark.parametrize("name", ["shapley", "ranked_choice"])
+def test_order_of_tokens_changes_nothing(name, scored, recorded, tmp_path):
+    """Within a sample, since samples are in order in a recording."""
+    shuffled = np.lexsort((np.random.default_rng(0).random(len(recorded.sample)), recorded.sample))
+    other = recorded.part(shuffled).save(tmp_path / "other")
+    np.testing.assert_allclose(scored(name, other).values, scored(name).values, rtol=1e-12)
 
 
-def test_missing_needs_raise_before_any_work(name, bare_acts, acts, monkeypatch):
-    needs = criteria.get(name).needs
+@pytest.mark.parametrize("name", [*UNCHANGED, *TWICE])
+def test_text_read_twice(name, scored, recorded, tmp_path):
+    n_tokens = recorded.expert.shape[1]
+    twice = recorded.part(np.repeat(np.arange(n_tokens), 2)).save(tmp_path / "twice")
+    factor = 2 if name in TWICE else 1
+    np.testing.assert_allclose(scored(name, twice).values, factor * scored(name).values, rtol=1e-9)
 
+
+MESSAGES = {
+    Needs.OUTPUT_NORMS: "output norms.* extract again with norms=True",
+    Needs.SHIFT: "shift.* extract again with collect='shift' .--collect shift.",
+    Needs.CHANNELS: "channels.* extract again with collect='channels'",
+    Needs.PROBABILITY: "probability.* extract again with collect='probability'",
+    Needs.PAIRS: "pairs.* extract again with collect='pairs'",
+    Needs.VOCABULARY: "vocabulary.* extract again with collect='vocabulary'",
+    Needs.PREFERENCES: "preferences.* extract again with collect='preferences'",
+    Needs.COLLABORATION: "collaboration.* pass collaboration=",
+    Needs.WEIGHTS: "weights.* pass the model: model= .--model.",
+    Needs.MODEL: "model.* pass the model and text: model=, corpus=",
+}
+
+
+def test_missing_needs_raise_before_any_work(name, bare_acts, monkeypatch):
     def worked(_self):
         raise AssertionError("read the tallies before checking needs")
 
-    monkeypatch.setattr(type(acts), "tallies", worked)
-    if Needs.OUTPUT_NORMS in needs:
-        with pytest.raises(MissingInputError, match=r"needs output norms.*extract again with nor"):
+    monkeypatch.setattr(type(bare_acts), "tallies", worked)
+    for need in criteria.get(name).needs & ~(Needs.ROUTING | Needs.ROUTING_WEIGHTS | Needs.TOKENS):
+        with pytest.raises(MissingInputError, match=rf"needs .*{MESSAGES[need]}"):
             score(name, bare_acts)
-    if Needs.COLLABORATION in needs:
-        with pytest.raises(MissingInputError, match=r"needs collaboration.*pass collaboration="):
-            score(name, acts)
+
+
+def test_every_need_that_can_be_missing_is_tested():
+    held = Needs.ROUTING | Needs.ROUTING_WEIGHTS | Needs.TOKENS
+    assert set(MESSAGES) == {need for need in Needs if need not in held}
 
 
 def test_criterion_survives_pickle(name):
@@ -133,7 +188,7 @@ def test_docstring_has_every_line_of_the_form(name):
     assert [line for line in form if line != "summary"] == list(FORM)
     assert all(form.values())
     assert len(form["summary"]) < 80
-    assert form["direction"] == "higher is kept"
+    assert form["direction"].split(";")[0] == "higher is kept"
 
 
 def test_docstring_names_the_needs(name):
@@ -166,6 +221,59 @@ def test_a_registered_criterion_is_scored(acts, monkeypatch):
     criteria.register(Criterion("flat", Needs.NOTHING, lambda e: np.ones(12)))
     with pytest.raises(ShapeError, match=r"'flat' gave float64 \(12,\), expected float64 \(2, 6\)"):
         score("flat", acts)
+
+
+def test_a_criterion_of_ones_own_takes_five_lines(acts, monkeypatch):
+    """The example of docs/criteria.md."""
+    monkeypatch.setattr(criteria, "_registry", dict(criteria._registry))
+    source = (Path(__file__).parent / "register_busy_peak.py").read_text()
+    code = [line for line in source.partition('"""\n\n')[2].splitlines() if line]
+    assert len(code) == 5
+    exec(source, {})
+    found, tallies = score("busy_peak", acts), acts.tallies().total()
+    assert (found.values == tallies["max_abs"] * tallies.count).all()
+    assert criteria.collects("busy_peak") == ("routing", "norms")
+    assert "busy_peak" in listing.listing()
+    assert criteria.get("busy_peak").summary.endswith("· no source given")
+    criteria.unregister("busy_peak")
+    assert criteria.names() == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "here"),
+    [("MAN", "ean_mean"), ("EAN-CA", "mean_output_norm"), ("seer_hard", "frequency")],
+)
+def test_names_from_papers_are_told_apart(name, here, acts):
+    with pytest.raises(SettingsError, match=f"it must be {here}, as it is called here"):
+        score(name, acts)
+
+
+def test_names_elsewhere_are_not_names_here():
+    assert not set(criteria.KNOWN_AS) & set(NAMES)
+    for here in criteria.KNOWN_AS.values():
+        assert here.split()[0] in NAMES
+
+
+def test_every_criterion_is_listed_once_under_what_it_reads():
+    kinds = listing.kinds()
+    assert sorted(name for held in kinds.values() for name in held) == list(NAMES)
+    expected = {"random": "no data", "ecc": "routing", "mone": "outputs", "caep": "patterns"}
+    assert {name: criteria.get(name).kind for name in expected} == expected
+    text = listing.listing()
+    for name in NAMES:
+        assert text.count(f"\n  {name} ") == 1
+    assert max(map(len, text.splitlines())) <= 100
+    assert all(name in NAMES for name in re.findall(r"\w+_\w+|aimer|reap", listing.ADVICE))
+
+
+def test_recorded_groups_answer_every_criterion(recorded):
+    """`extract --collect NAME` records what NAME needs, and nothing else is missing."""
+    everything = {"routing", "norms", *recorded.collect}
+    for name in NAMES:
+        assert set(criteria.collects(name)) <= everything
+    assert criteria.collects("easy_ep", "mone") == ("routing", "shift", "channels")
+    assert criteria.collects("ranked_choice") == ("preferences",)
+    assert criteria.collects("aimer") == ()
 
 
 def test_wrong_settings(acts):

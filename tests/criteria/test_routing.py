@@ -37,6 +37,17 @@ def test_gate_sum_adds_weights(small):
     assert found.values.tolist() == [[1.625, 0.875, 0.5], [0.25, 1, 3.5]]
 
 
+def test_gate_mean_divides_weights_by_tokens(small):
+    expected = [[1.625 / 3, 0.875 / 2, 0.5], [0.25, 1, 3.5 / 3]]
+    np.testing.assert_allclose(score("gate_mean", small).values, expected, rtol=1e-12)
+
+
+def test_soft_routing_adds_probabilities_of_all_tokens(table, tmp_path):
+    probability = np.array([[[0.5, 0.25, 0.25], [0.5, 0, 0.5], [0, 1, 0]]] * 2)
+    found = score("soft_routing", table.changed(probability=probability).save(tmp_path / "a"))
+    assert found.values.tolist() == [[1, 1.25, 0.75]] * 2
+
+
 def test_esft_divides_by_choices_and_tokens(small):
     token = score("esft_token", small).values
     np.testing.assert_allclose(token, [[3 / 6, 2 / 6, 1 / 6], [1 / 5, 1 / 5, 3 / 5]])
@@ -45,19 +56,15 @@ def test_esft_divides_by_choices_and_tokens(small):
     np.testing.assert_allclose(gate[1], np.array([0.25, 1, 3.5]) / 2.5)
 
 
+def test_esft_token_adds_up_to_one_per_layer(acts):
+    np.testing.assert_allclose(score("esft_token", acts).values.sum(axis=1), 1, rtol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "like"), [("esft_token", "frequency"), ("esft_gate", "gate_sum")])
 def test_esft_drops_what_its_sum_drops(acts, name, like):
     for per in ("layer", "model"):
         one, other = (plan(score(by, acts), drop=0.5, per=per) for by in (name, like))
         assert one.keep == other.keep
-
-
-def test_reap_is_the_mean_of_weight_times_norm(small):
-    expected = [
-        [(0.75 * 2 + 0.5 * 6 + 0.375 * 3) / 3, (0.25 * 4 + 0.625 * 1) / 2, 0.5 * 8],
-        [0.25 * 4, 1.0 * 5, (1 * 1 + 0.5 * 2 + 2 * 3) / 3],
-    ]
-    np.testing.assert_allclose(score("reap", small).values, expected, rtol=1e-12)
 
 
 def test_random_depends_on_the_seed_alone(small):

@@ -9,9 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from typing import Annotated
 
 import typer
 
+from moecollab import __version__
 from moecollab.cli import verbs
 from moecollab.errors import MoeCollabError
 
@@ -65,6 +67,26 @@ app = typer.Typer(
     help="See how the experts of a Mixture-of-Experts LLM work together; remove those that do not "
     "matter.\n\nStart with: moecollab demo",
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"moecollab {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Takes the options that belong to no command."""
+
+
 for _verb in verbs.VERBS:
     app.command(verbs.command_name(_verb))(_guarded(_verb))
 

@@ -12,42 +12,26 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.imports import import_
+from moecollab.cli.options import (
+    Batch,
+    Context,
+    Dtype,
+    Model,
+    Out,
+    Overwrite,
+    Seed,
+    held,
+    numbers,
+    say_context,
+    sums,
+)
 from moecollab.cli.studies import sweep
-from moecollab.errors import SettingsError
 from moecollab.manifest import refuse_existing
-
-Model = Annotated[str, typer.Argument(help="Folder or hub name of a model, or a masked model")]
-Out = Annotated[Path, typer.Option(help="Where the result goes")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result")]
-Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
-Context = Annotated[int, typer.Option(help="Tokens read at once; longer text is read in pieces")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
-Batch = Annotated[int, typer.Option(help="Windows run at once")]
 
 
 def _say(what: object) -> None:
     """One line on stdout: what was made."""
     typer.echo(" ".join(str(what).split()))
-
-
-def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    """Whole numbers between commas."""
-    if text is None:
-        return None
-    try:
-        return tuple(int(number) for number in text.split(","))
-    except ValueError as cause:
-        raise SettingsError(name, text, "whole numbers between commas, such as 64,128") from cause
-
-
-def _sums(asked: str) -> list[str]:
-    """Names of sums, with those that criteria need in place of their names."""
-    from moecollab.criteria import collects, names
-
-    found: list[str] = []
-    for name in filter(None, asked.split(",")):
-        found.extend(collects(name) if name in names() else [name])
-    return found
 
 
 def extract(  # noqa: PLR0913 (one parameter per option)
@@ -64,10 +48,16 @@ def extract(  # noqa: PLR0913 (one parameter per option)
     seed: Seed = 0,
     dtype: Dtype = "auto",
     layer_by_layer: Annotated[
-        bool, typer.Option("--layer-by-layer", help="Hold one layer at a time: for large models")
+        bool,
+        typer.Option(
+            "--layer-by-layer",
+            help="Hold one layer at a time: for large models",
+            is_eager=True,  # so that it is known when --hidden-gb is looked at
+        ),
     ] = False,
     hidden_gb: Annotated[
-        float, typer.Option(help="Gigabytes of hidden states held, layer by layer")
+        float,
+        typer.Option(help="Gigabytes of hidden states held, layer by layer", callback=held),
     ] = 1.0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -84,7 +74,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             out=out,
             tokens=tokens,
             norms=norms,
-            collect=_sums(collect),
+            collect=sums(collect),
             context=context,
             batch_size=batch_size,
             seed=seed,
@@ -93,6 +83,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             hidden_gb=hidden_gb,
             overwrite=overwrite,
         )
+        say_context(context, acts.manifest["settings"]["context"])
     _say(f"{out}: {acts!r}")
 
 
@@ -137,7 +128,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     """
     refuse_existing(out, overwrite=overwrite)
     settings = mc.HSDL(
-        atoms=_numbers("atoms", atoms),
+        atoms=numbers("atoms", atoms),
         dictionary_size=dictionary_size,
         sparsity=sparsity,
         reconstruction=reconstruction,
@@ -202,14 +193,23 @@ def mine(  # noqa: PLR0913 (one parameter per option)
     _say(f"{out}: {found!r}")
 
 
-def score(
-    activations: Annotated[Path, typer.Argument(help="Folder made by extract")],
+def score(  # noqa: PLR0913 (one parameter per option)
     criterion: Annotated[str, typer.Option(help="See: moecollab criteria")],
     out: Out,
+    activations: Annotated[
+        Path | None, typer.Argument(help="Folder made by extract; not needed to score weights")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub name, for criteria that read or run it")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text for criteria that run the model")
+    ] = None,
     collaboration: Annotated[Path | None, typer.Option(help="Folder made by fit")] = None,
     drop: Annotated[
         float, typer.Option(help="Share you mean to drop; sets CAEP's threshold")
     ] = 0.25,
+    tokens: Annotated[int | None, typer.Option(help="Run this many tokens of it at most")] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -221,8 +221,11 @@ def score(
     found = mc.score(
         criterion,
         activations,
+        model=model,
+        corpus=corpus,
         collaboration=collaboration,
         drop=drop,
+        tokens=tokens,
         seed=seed,
         out=out,
         overwrite=overwrite,
@@ -316,6 +319,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
             out=out,
             overwrite=overwrite,
         )
+        say_context(context, found.about["settings"]["context"])
     _say(f"{out}: {found!r}")
 
 
@@ -350,12 +354,10 @@ def demo(
 
 
 def criteria() -> None:
-    """Lists the criteria: name, what each needs, where it comes from."""
-    from moecollab.criteria import get, names
+    """Lists the criteria by what they read, with needs, direction and source, and which to use."""
+    from moecollab.criteria import listing
 
-    for name in names():
-        form = get(name).form
-        typer.echo(f"{name:12} {form['summary']} Needs: {form['needs']} Source: {form['source']}")
+    typer.echo(listing.listing())
 
 
 VERBS: tuple[Callable[..., None], ...] = (

@@ -5,18 +5,49 @@ from __future__ import annotations
 from functools import reduce
 from operator import or_
 
-from moecollab.criteria import caep, outputs, routing
+from moecollab.criteria import caep, channels, outputs, pairs, routing, tokens, weights
 from moecollab.criteria.base import Criterion, Needs, groups_of
 from moecollab.errors import SettingsError, unknown_name
 
+__all__ = ["KNOWN_AS", "Criterion", "Needs", "collects", "get", "names", "register", "unregister"]
+
 _registry: dict[str, Criterion] = {}
+
+KNOWN_AS: dict[str, str] = {
+    "ean": "ean_sum (REAP's code) or ean_channel (MC-Suite)",
+    "ean_ca": "mean_output_norm",
+    "euf": "frequency",
+    "ewn": "weight_norm",
+    "man": "ean_mean",
+    "minitron": "reap",
+    "rwn": "router_norm",
+    "seer_hard": "frequency",
+    "seer_soft": "soft_routing (gate_sum for DeepSeek, as He et al. have it)",
+    "shape": "shapley",
+    "wsr": "stable_rank",
+}
+"""Names that criteria have elsewhere, in lower case, and what they are called here."""
 
 
 def register(criterion: Criterion) -> None:
-    """Adds a criterion; a name that is taken is refused."""
+    """Adds a criterion; a name that is taken is refused.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> register(Criterion("first_come", Needs.NOTHING, lambda e: -np.indices(e.shape)[1] * 1.0))
+    >>> get("first_come").kind
+    'no data'
+    >>> unregister("first_come")
+    """
     if criterion.name in _registry:
         raise SettingsError("criterion", criterion.name, "a name that is not yet registered")
     _registry[criterion.name] = criterion
+
+
+def unregister(name: str) -> None:
+    """Forgets a criterion; an unknown name is answered with near ones."""
+    del _registry[get(name).name]
 
 
 def names() -> tuple[str, ...]:
@@ -26,9 +57,12 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Criterion:
     """The criterion of this name; an unknown name is answered with near ones."""
-    if name not in _registry:
-        raise unknown_name("criterion", name, names())
-    return _registry[name]
+    if name in _registry:
+        return _registry[name]
+    known = KNOWN_AS.get(name.lower().replace("-", "_"))
+    if known is not None:
+        raise SettingsError("criterion", name, f"{known}, as it is called here")
+    raise unknown_name("criterion", name, names())
 
 
 def collects(*wanted: str) -> tuple[str, ...]:
@@ -42,5 +76,6 @@ def collects(*wanted: str) -> tuple[str, ...]:
     return groups_of(reduce(or_, (get(name).needs for name in wanted), Needs.NOTHING))
 
 
-for _criterion in (*routing.CRITERIA, *outputs.CRITERIA, *caep.CRITERIA):
+_FAMILIES = (routing, outputs, channels, pairs, tokens, weights, caep)
+for _criterion in (one for family in _FAMILIES for one in family.CRITERIA):
     register(_criterion)

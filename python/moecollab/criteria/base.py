@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from moecollab.errors import MissingInputError
 
 if TYPE_CHECKING:
+    from moecollab.models.weights import ExpertWeights
     from moecollab.patterns.dictionary import Collaboration
+    from moecollab.record.activations import Activations
     from moecollab.record.tallies import Tallies
 
 FORM = ("formula", "needs", "direction", "cost", "source", "not defined when")
@@ -41,8 +43,16 @@ class Needs(Flag):
     """How often two experts are chosen together; recorded on request."""
     VOCABULARY = auto()
     """Which token ids each expert saw; recorded on request."""
+    PREFERENCES = auto()
+    """The experts that every token's router would choose next; recorded on request."""
+    TOKENS = auto()
+    """What each single token did; every extraction records it, counts lack it."""
     COLLABORATION = auto()
     """Patterns fitted on these activations."""
+    WEIGHTS = auto()
+    """Parameters of the experts and routers; no text."""
+    MODEL = auto()
+    """A model that runs, and text to run it on."""
 
 
 _GROUP = {
@@ -54,7 +64,20 @@ _GROUP = {
     Needs.PROBABILITY: "probability",
     Needs.PAIRS: "pairs",
     Needs.VOCABULARY: "vocabulary",
+    Needs.PREFERENCES: "preferences",
 }
+
+
+_OUTPUTS = Needs.OUTPUT_NORMS | Needs.SHIFT | Needs.CHANNELS
+_ROUTING = Needs.ROUTING | Needs.PROBABILITY | Needs.PAIRS | Needs.VOCABULARY | Needs.PREFERENCES
+KINDS: dict[str, Needs] = {
+    "model runs": Needs.MODEL,
+    "patterns": Needs.COLLABORATION,
+    "outputs": _OUTPUTS,
+    "routing": _ROUTING | Needs.TOKENS,
+    "no data": Needs.NOTHING,
+}
+"""Kinds of criteria, and the needs by which the first that fits is told."""
 
 
 def groups_of(needs: Needs) -> tuple[str, ...]:
@@ -71,6 +94,17 @@ def needs_of(groups: Iterable[str]) -> Needs:
     return found
 
 
+def words_of(needs: Needs) -> str:
+    """Needs in words.
+
+    Examples
+    --------
+    >>> words_of(Needs.ROUTING | Needs.OUTPUT_NORMS), words_of(Needs.NOTHING)
+    ('routing, output norms', 'nothing')
+    """
+    return ", ".join(str(need.name).lower().replace("_", " ") for need in needs) or "nothing"
+
+
 _PROVIDED_BY = {
     Needs.ROUTING: "extract activations from the model first",
     Needs.ROUTING_WEIGHTS: "the files hold expert ids alone; use extract, or files with weights",
@@ -80,22 +114,37 @@ _PROVIDED_BY = {
         for need, group in _GROUP.items()
         if group not in ("routing", "norms")
     },
+    Needs.TOKENS: "the source holds sums alone; use extract, or import files with single tokens",
     Needs.COLLABORATION: "fit one on these activations and pass collaboration= (--collaboration)",
+    Needs.WEIGHTS: "pass the model: model= (--model)",
+    Needs.MODEL: "pass the model and text: model=, corpus= (--model, --corpus)",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Everything a score function may look at.
+    """Everything a score function may look at; what a criterion does not need may be absent.
 
     Parameters
     ----------
     tallies : Tallies
-        Sums over all domains, each array of shape (n_layers, n_experts).
+        Sums over all domains, each array of shape (n_layers, n_experts) and, for some, one axis
+        more; zero counts alone where nothing was recorded.
     top_k : int
         Experts that the router selects per token.
+    by_domain : Tallies, optional
+        The same by domain, which leads the axes: (n_domains, n_layers, n_experts, …).
+    activations : Activations, optional
+        The recording itself, for criteria that read single tokens or samples.
     collaboration : Collaboration, optional
         Patterns fitted on the same activations.
+    weights : ExpertWeights, optional
+        Reads parameters layer by layer, from files or from a loaded model.
+    model : PreTrainedModel, optional
+        A model that runs, with all its experts, in evaluation mode; leave it as it was.
+    probe : tuple of int64 arrays of shape (n_tokens,)
+        Token ids to run the model on: windows that are each read from an empty context, padded by
+        no one; all of one document are in order.
     drop : float
         Fraction of experts that will go, in [0, 1); used by methods whose ranking depends on it.
     seed : int
@@ -104,7 +153,12 @@ class Evidence:
 
     tallies: Tallies
     top_k: int
+    by_domain: Tallies | None = None
+    activations: Activations | None = None
     collaboration: Collaboration | None = None
+    weights: ExpertWeights | None = None
+    model: Any = None
+    probe: tuple[NDArray[np.int64], ...] = ()
     drop: float = 0.25
     seed: int = 0
 
@@ -146,10 +200,15 @@ class Criterion:
     by_drop: bool = False
 
     @property
+    def kind(self) -> str:
+        """What it mostly reads: one of :data:`KINDS`."""
+        return next(kind for kind, needs in KINDS.items() if self.needs & needs or not needs)
+
+    @property
     def summary(self) -> str:
         """Name, needs and source in one line."""
-        form = self.form
-        return f"{self.name} · needs {form['needs']} · {form['source']}"
+        source = self.form.get("source", "no source given")
+        return f"{self.name} · needs {words_of(self.needs)} · {source}"
 
     @property
     def form(self) -> dict[str, str]:
@@ -173,7 +232,7 @@ def check_needs(criterion: Criterion, available: Needs) -> None:
     """Raises MissingInputError unless all that the criterion needs is available."""
     missing = criterion.needs & ~available
     if missing:
-        names = ", ".join(str(need.name).lower().replace("_", " ") for need in missing)
+        names = words_of(missing)
         advice = "; ".join(_PROVIDED_BY[need] for need in missing)
         raise MissingInputError(
             f"criterion {criterion.name!r} needs {names}, which is not there; {advice}"

@@ -33,11 +33,33 @@ def caep(evidence: Evidence, /) -> NDArray[np.float64]:
         none, and experts that fall in one step are ordered by e, which meets every budget exactly
     Not defined when: never; an expert that is in no pattern falls first
     """
+    return _ranking(evidence, 0)
+
+
+def caep_composed(evidence: Evidence, /) -> NDArray[np.float64]:
+    """The ranking of ``caep`` by the finest patterns, with composed codes.
+
+    Formula: as ``caep`` with the atoms D_m of the finest level m and the usage of its composed
+        codes R_m … R_2 R_1, so that X ≈ D_m R_m … R_1; groups are smaller and there are more of
+        them, so more steps decide
+    Needs: routing, collaboration
+    Direction: higher is kept
+    Cost: O(n_atoms n_sites)
+    Source: Algorithm 1 of Tang et al. 2025 (arXiv:2504.12359), which does not say which level it
+        takes; differs as ``caep`` does
+    Not defined when: never; an expert that is in no pattern falls first. With one level it is
+        ``caep``
+    """
+    return _ranking(evidence, -1)
+
+
+def _ranking(evidence: Evidence, number: int) -> NDArray[np.float64]:
+    """Algorithm 1 on the patterns of one level."""
     from moecollab._core import caep_ranking
 
     if evidence.collaboration is None:
         raise MissingInputError("caep needs a collaboration; fit one on these activations")
-    level = evidence.collaboration.levels[0]
+    level = evidence.collaboration.levels[number]
     found = caep_ranking(
         np.ascontiguousarray(level.atoms, dtype=np.float32),
         np.ascontiguousarray(level.usage, dtype=np.float64),
@@ -68,4 +90,8 @@ def ranks(step: NDArray[np.int64], contribution: NDArray[np.float64]) -> NDArray
     return found
 
 
-CRITERIA = (Criterion("caep", Needs.ROUTING | Needs.COLLABORATION, caep, by_drop=True),)
+_PATTERNS = Needs.ROUTING | Needs.COLLABORATION
+CRITERIA = (
+    Criterion("caep", _PATTERNS, caep, by_drop=True),
+    Criterion("caep_composed", _PATTERNS, caep_composed, by_drop=True),
+)

@@ -35,6 +35,34 @@ def gate_sum(evidence: Evidence, /) -> NDArray[np.float64]:
     return evidence.tallies.sum_weight.astype(np.float64)
 
 
+def gate_mean(evidence: Evidence, /) -> NDArray[np.float64]:
+    """Mean weight of each expert over the tokens that are routed to it.
+
+    Formula: s(l, e) = Σ_t g(t, l, e) / n(l, e) over the n tokens routed to e
+    Needs: routing, routing weights
+    Direction: higher is kept
+    Cost: reads the tallies, O(n_layers n_experts)
+    Source: the family of Liu et al. 2026 (arXiv:2606.15716) with the gate alone, averaged over
+        routed tokens; as the mean router weight in pruners for ONNX
+    Not defined when: an expert has no tokens; it scores 0
+    """
+    return per_token(evidence.tallies.sum_weight, evidence)
+
+
+def soft_routing(evidence: Evidence, /) -> NDArray[np.float64]:
+    """Total router probability of each expert over all tokens, routed to it or not.
+
+    Formula: s(l, e) = Σ_t p(t, l, e) over all tokens, p the router's probability before top-k
+    Needs: probability
+    Direction: higher is kept
+    Cost: reads the tallies, O(n_layers n_experts)
+    Source: soft counts of SEER-MoE, Muzio et al. 2024 (arXiv:2404.05089); He et al. 2024
+        (arXiv:2406.02500) for Mixtral as coded there
+    Not defined when: never
+    """
+    return evidence.tallies["sum_probability"].astype(np.float64)
+
+
 def esft_token(evidence: Evidence, /) -> NDArray[np.float64]:
     """Share of a layer's routing that goes to each expert, by number of choices.
 
@@ -73,6 +101,13 @@ def _per_choice(evidence: Evidence, total: NDArray[np.float64]) -> NDArray[np.fl
     return share
 
 
+def per_token(total: NDArray[np.float64], evidence: Evidence) -> NDArray[np.float64]:
+    """Sums divided by the number of tokens routed to each expert, 0 where there are none."""
+    mean: NDArray[np.float64] = np.zeros(total.shape)
+    count = evidence.tallies.count
+    return np.divide(total, count, out=mean, where=count > 0)
+
+
 def random(evidence: Evidence, /) -> NDArray[np.float64]:
     """Independent uniform numbers: the control that every criterion must beat.
 
@@ -89,6 +124,8 @@ def random(evidence: Evidence, /) -> NDArray[np.float64]:
 CRITERIA = (
     Criterion("frequency", Needs.ROUTING, frequency),
     Criterion("gate_sum", Needs.ROUTING | Needs.ROUTING_WEIGHTS, gate_sum),
+    Criterion("gate_mean", Needs.ROUTING | Needs.ROUTING_WEIGHTS, gate_mean),
+    Criterion("soft_routing", Needs.PROBABILITY, soft_routing),
     Criterion("esft_token", Needs.ROUTING, esft_token),
     Criterion("esft_gate", Needs.ROUTING | Needs.ROUTING_WEIGHTS, esft_gate),
     Criterion("random", Needs.NOTHING, random),

@@ -37,8 +37,8 @@ class Scores:
         The model's own index of each row's layer, ascending.
     top_k : int
         Experts that the router selects per token.
-    activations : str
-        Digest of the activations they were computed from.
+    activations : str, optional
+        Digest of the activations they were computed from, if there were any.
     settings : mapping
         What else they depend on, such as the seed.
     """
@@ -48,7 +48,7 @@ class Scores:
     counts: NDArray[np.int64]
     layers: tuple[int, ...]
     top_k: int
-    activations: str
+    activations: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,6 +96,18 @@ class Scores:
         """Number of routed experts over all layers."""
         return self.values.size
 
+    @property
+    def unrouted(self) -> tuple[tuple[int, int], ...]:
+        """(layer, expert) of those that no recorded token went to; none where nothing was recorded.
+
+        Their scores say what they would be worth to this text, which is nothing, and are defined by
+        each criterion; another text may use them.
+        """
+        if not self.counts.any():
+            return ()
+        where = np.argwhere(self.counts == 0).tolist()
+        return tuple((self.layers[row], expert) for row, expert in where)
+
     def table(self) -> pl.DataFrame:
         """One row per expert with columns layer, expert, score and count."""
         return pl.DataFrame(
@@ -110,18 +122,19 @@ class Scores:
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the table as Parquet, with all else in the file's metadata."""
-        about = manifest(
-            KIND, FORMAT, settings=self.settings, inputs={"activations": self.activations}
-        )
+        inputs = {} if self.activations is None else {"activations": self.activations}
+        about = manifest(KIND, FORMAT, settings=self.settings, inputs=inputs)
         about |= {"criterion": self.criterion, "top_k": self.top_k}
         buffer = io.BytesIO()
         self.table().write_parquet(buffer, metadata={"moecollab": json.dumps(about)})
         write_bytes(Path(path), buffer.getvalue(), overwrite=overwrite)
 
     def __repr__(self) -> str:
+        n_unrouted = len(self.unrouted)
+        noted = f"; {n_unrouted} never routed" if n_unrouted else ""
         return (
             f"Scores({self.criterion}: {self.n_layers} layers × {self.n_experts} experts, "
-            f"{self.values.min():.4g} to {self.values.max():.4g})"
+            f"{self.values.min():.4g} to {self.values.max():.4g}{noted})"
         )
 
 
@@ -147,7 +160,7 @@ def load_scores(path: str | PathLike[str]) -> Scores:
             counts=table["count"].to_numpy().reshape(shape),
             layers=layers,
             top_k=int(about["top_k"]),
-            activations=str(about["inputs"]["activations"]),
+            activations=about["inputs"].get("activations"),
             settings=about["settings"],
         )
     except (KeyError, TypeError, ValueError) as cause:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,22 +12,29 @@ from numpy.typing import NDArray
 
 from moecollab import criteria
 from moecollab.criteria.base import Criterion, Evidence, Needs, check_needs, needs_of
+from moecollab.criteria.probe import Shape, Text, check_same, read_probe
 from moecollab.criteria.scores import Scores
-from moecollab.errors import SettingsError, ShapeError, StaleInputError
+from moecollab.errors import MissingInputError, SettingsError, ShapeError, StaleInputError
 from moecollab.manifest import refuse_existing
 from moecollab.record.activations import Activations
 from moecollab.record.counts import RoutingCounts, open_recorded
+from moecollab.record.tallies import Tallies
 
 if TYPE_CHECKING:
+    from moecollab.models.loading import ModelLike
+    from moecollab.models.weights import ExpertWeights
     from moecollab.patterns.dictionary import Collaboration
 
 
-def score(
+def score(  # noqa: PLR0913 (a criterion may need any of these)
     criterion: str,
-    activations: Activations | RoutingCounts | str | PathLike[str],
+    activations: Activations | RoutingCounts | str | PathLike[str] | None = None,
     *,
+    model: ModelLike | None = None,
+    corpus: Text | None = None,
     collaboration: Collaboration | str | PathLike[str] | None = None,
     drop: float = 0.25,
+    tokens: int | None = None,
     seed: int = 0,
     out: str | PathLike[str] | None = None,
     overwrite: bool = False,
@@ -37,15 +45,22 @@ def score(
     ----------
     criterion : str
         Name of a registered criterion: ``moecollab.criteria.names()``.
-    activations : Activations, RoutingCounts or path
-        What the routers did, recorded by ``extract`` or imported.
+    activations : Activations, RoutingCounts or path, optional
+        What the routers did, recorded by ``extract`` or imported. A criterion that reads parameters
+        alone, or nothing, does without if there is a model.
+    model : Module, path or hub name, optional
+        For criteria that read parameters, layer by layer from files, or that run the model.
+    corpus : path, Corpus, iterable of documents, or sequence of int64 arrays, optional
+        Text for criteria that run the model, or token ids of windows.
     collaboration : Collaboration or path, optional
         Patterns fitted on these activations, for criteria that need them.
     drop : float
-        Fraction of experts that will go, in [0, 1). Only ``caep`` looks at it; pass the one that
-        ``plan`` will get.
+        Fraction of experts that will go, in [0, 1). Only criteria whose ranking depends on it, such
+        as ``caep``, look at it; pass the one that ``plan`` will get.
+    tokens : int, optional
+        Most tokens of the text to run, ≥ 1; all if None.
     seed : int
-        Seed of a criterion that draws, ≥ 0.
+        Seed of a criterion that draws, and of the choice of text under a limit, ≥ 0.
     out : path, optional
         Parquet file to write.
     overwrite : bool
@@ -57,57 +72,138 @@ def score(
         When the criterion needs something that was not recorded or given.
     StaleInputError
         When the collaboration was fitted on other activations.
+    ShapeError
+        When the model is not the one that was recorded.
+    UnsupportedModelError
+        When the layers have different numbers of experts.
     """
     chosen = criteria.get(criterion)
-    _check_settings(drop, seed)
+    _check_settings(drop, seed, tokens)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
-    acts = open_recorded(activations)
-    check_needs(chosen, _available(acts, given=collaboration is not None))
-    patterns = _patterns(chosen, acts, collaboration)
+    acts = None if activations is None else open_recorded(activations)
+    given = _given(model, corpus, patterns=collaboration is not None)
+    check_needs(chosen, given | _recorded(acts))
+    weights = _weights(model) if acts is None or Needs.WEIGHTS in chosen.needs else None
+    shape = _shape(acts, weights)
+    total, by_domain = _sums(acts, shape)
     evidence = Evidence(
-        tallies=acts.tallies().total(),
-        top_k=acts.top_k,
-        collaboration=patterns,
+        tallies=total,
+        by_domain=by_domain,
+        top_k=shape.top_k,
+        activations=acts if isinstance(acts, Activations) else None,
+        collaboration=_patterns(chosen, acts, collaboration),
+        weights=weights,
         drop=drop,
         seed=seed,
     )
+    if Needs.MODEL in chosen.needs and model is not None and corpus is not None:
+        evidence = _with_runs(evidence, shape, model, corpus, tokens)
     scores = Scores(
         criterion=criterion,
         values=_checked(chosen, chosen.function(evidence), evidence.shape),
         counts=evidence.tallies.count.astype(np.int64),
-        layers=tuple(acts.layers),
-        top_k=acts.top_k,
-        activations=acts.digest(),
-        settings={"seed": seed} | ({"drop": drop} if chosen.by_drop else {}),
+        layers=shape.layers,
+        top_k=shape.top_k,
+        activations=None if acts is None else acts.digest(),
+        settings=_settings(chosen, evidence, model),
     )
     if out is not None:
         scores.save(out, overwrite=overwrite)
     return scores
 
 
-def _check_settings(drop: float, seed: int) -> None:
+def _check_settings(drop: float, seed: int, tokens: int | None) -> None:
     if not 0 <= drop < 1:
         raise SettingsError("drop", drop, "in [0, 1)")
     if seed < 0:
         raise SettingsError("seed", seed, "at least 0")
+    if tokens is not None and tokens < 1:
+        raise SettingsError("tokens", tokens, "1 or more, or None for all")
 
 
-def _available(acts: Activations | RoutingCounts, *, given: bool) -> Needs:
-    """What these activations, and a collaboration if given, can answer."""
+def _given(model: ModelLike | None, corpus: Text | None, *, patterns: bool) -> Needs:
+    """What a model, text and patterns can answer."""
+    found = Needs.COLLABORATION if patterns else Needs.NOTHING
+    if model is None:
+        return found
+    return found | (Needs.WEIGHTS if corpus is None else Needs.WEIGHTS | Needs.MODEL)
+
+
+def _recorded(acts: Activations | RoutingCounts | None) -> Needs:
+    """What these activations can answer."""
+    if acts is None:
+        return Needs.NOTHING
     found = needs_of(acts.groups)
-    if acts.has_weights:
-        found |= Needs.ROUTING_WEIGHTS
-    return found | Needs.COLLABORATION if given else found
+    if isinstance(acts, Activations):
+        found |= Needs.TOKENS
+    return found | Needs.ROUTING_WEIGHTS if acts.has_weights else found
+
+
+def _weights(model: ModelLike | None) -> ExpertWeights | None:
+    from moecollab.models.weights import ExpertWeights
+
+    return None if model is None else ExpertWeights(model)
+
+
+def _shape(acts: Activations | RoutingCounts | None, weights: ExpertWeights | None) -> Shape:
+    """Layers, experts and top-k, of the recording or else of the model."""
+    recorded = None if acts is None else Shape.recorded(acts)
+    model = None if weights is None else Shape.of_model(weights.layers)
+    if recorded is not None and model is not None:
+        check_same(recorded, model)
+    found = recorded or model
+    if found is None:
+        raise MissingInputError(
+            "there is nothing that says how many experts there are; pass activations, or the model "
+            "for criteria that read no text (--model)"
+        )
+    return found
+
+
+def _sums(acts: Activations | RoutingCounts | None, shape: Shape) -> tuple[Tallies, Tallies | None]:
+    """The sums over all domains, and by domain; zero counts where nothing was recorded."""
+    if acts is None:
+        size = len(shape.layers), shape.n_experts
+        return Tallies.zeros(("",), *size, groups=("routing",)).total(), None
+    found = acts.tallies()
+    return found.total(), found
+
+
+def _with_runs(
+    evidence: Evidence, shape: Shape, model: ModelLike, corpus: Text, tokens: int | None
+) -> Evidence:
+    """The evidence with a loaded model and windows to run it on."""
+    from moecollab.models.loading import load_model
+    from moecollab.models.routing import find_moe_layers
+
+    loaded, tokenizer = load_model(model)
+    check_same(shape, Shape.of_model(find_moe_layers(loaded)))
+    probe = read_probe(corpus, loaded, tokenizer, tokens, evidence.seed)
+    return replace(evidence, model=loaded.eval(), probe=probe)
+
+
+def _settings(
+    criterion: Criterion, evidence: Evidence, model: ModelLike | None
+) -> dict[str, object]:
+    """What the scores depend on beside the recording."""
+    found: dict[str, object] = {"seed": evidence.seed}
+    if criterion.by_drop:
+        found["drop"] = evidence.drop
+    if criterion.needs & (Needs.WEIGHTS | Needs.MODEL):
+        found["model"] = str(getattr(model, "name_or_path", model))
+    if evidence.probe:
+        found["tokens"] = sum(len(window) for window in evidence.probe)
+    return found
 
 
 def _patterns(
     criterion: Criterion,
-    acts: Activations | RoutingCounts,
+    acts: Activations | RoutingCounts | None,
     given: Collaboration | str | PathLike[str] | None,
 ) -> Collaboration | None:
     """The collaboration, if the criterion wants one, checked to belong to these activations."""
-    if given is None or Needs.COLLABORATION not in criterion.needs:
+    if given is None or acts is None or Needs.COLLABORATION not in criterion.needs:
         return None
     from moecollab.patterns.dictionary import Collaboration, load_collaboration
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _MMAP_THRESHOLD = -3  # glibc's malloc.h
 _USUAL = 32 << 20  # where glibc ends up once large blocks come and go
@@ -24,6 +24,16 @@ def returned() -> Iterator[None]:
         yield
     finally:
         change(_MMAP_THRESHOLD, _USUAL)
+
+
+def give_back() -> None:
+    """Gives free memory back to the system; nothing without glibc.
+
+    What is kept of every layer lies between blocks that a forward pass has freed, so that the heap
+    grows by holes: 130 MB over the batches of a small model, and more in longer runs.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _mallopt() -> Callable[[int, int], object]:

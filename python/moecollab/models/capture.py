@@ -7,8 +7,8 @@ a class of their own here and name it in their layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import UnsupportedModelError
+from moecollab.models.adding_up import WeightedSum
 from moecollab.models.expert_modules import ModulesCapture
+from moecollab.models.listening import Capture, Listener
 from moecollab.models.routing import Call, MoeLayer
 from moecollab.models.special import ScaledInputCapture, SortedCapture
 from moecollab.models.tap import TappedWeights
@@ -24,59 +26,11 @@ from moecollab.models.tap import TappedWeights
 _ROUNDING = 0.05  # of sums in bfloat16
 _ADD_UP: WeakSet[nn.Module] = WeakSet()  # containers whose outputs were found to add up
 
-
-class Listener(Protocol):
-    """Who is told what the experts of one layer do, in this order, once per call."""
-
-    def routing(self, ids: Tensor, weights: Tensor) -> None:
-        """Expert ids and the coefficients of their outputs, both (n_positions, top_k).
-
-        An id past the experts, or a weight of 0, is a slot that was not used.
-        """
-
-    def outputs(self, rows: Tensor, places: Tensor) -> None:
-        """Some outputs before the weights, (n, hidden), to be read at once; each slot comes once.
-
-        `places`, (n,), says which they are: position · top_k + slot.
-        """
-
-    def total(self, routed: Tensor) -> None:
-        """Weighted sum of the outputs, (n_positions, hidden)."""
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Capture(Protocol):
-    """Hooks on one layer that leave what the model computes as it is."""
-
-    def attach(self) -> Sequence[RemovableHandle]:
-        """Starts to listen; removing the handles ends it."""
-
-
-class ContainerCapture:
-    """Hooks on a container that is called with hidden states, ids and weights.
-
-    With outputs, the weights tell what they are multiplied with (:mod:`moecollab.models.tap`), so
-    the model computes what it always does. That all slots are told is checked at every call, and at
-    a container's first that what is told adds up to what it returns.
-
-    Parameters
-    ----------
-    layer : MoeLayer
-        The layer to listen to.
-    listener : Listener
-        Who is told.
-    outputs : bool
-        Whether to listen to expert outputs as well.
-    """
-
-    def __init__(self, layer: MoeLayer, listener: Listener, *, outputs: bool) -> None:
-        self.layer = layer
-        self.listener = listener
-        self.wants_outputs = outputs
-        self.missing = torch.empty(0, dtype=torch.bool)
-        self.weights = torch.empty(0)
-        self.sum: Tensor | None = None
-        self.size = 0.0
-        self.sum_checked = layer.experts in _ADD_UP
+class _CalledCapture(Capture):
+    """Hooks on a container that is called with hidden states, ids and weights."""
 
     def attach(self) -> Sequence[RemovableHandle]:
         """Hooks before and, with outputs, after the container."""
@@ -87,7 +41,7 @@ class ContainerCapture:
 
     def _before(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> Arguments | None:
         call = Call.read(args, kwargs)
         top_k = call.ids.shape[-1]
         # Copies, since the model may go on to change its tensors in place.
@@ -96,26 +50,41 @@ class ContainerCapture:
         self.listener.routing(ids, weights)
         if not self.wants_outputs:
             return None
+        changed = self._changed(call, ids, weights)
+        return changed.args, changed.kwargs
+
+    def _changed(self, call: Call, ids: Tensor, weights: Tensor) -> Call:
+        """The call that the container gets instead, so that its outputs can be told."""
+        raise NotImplementedError
+
+    def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Tells of what is not told yet; what it returns the container does, if not None."""
+        raise NotImplementedError
+
+
+class ContainerCapture(_CalledCapture):
+    """Hooks on a container that multiplies its outputs with the weights one by one.
+
+    With outputs, the weights tell what they are multiplied with (:mod:`moecollab.models.tap`), so
+    the model computes what it always does. That all slots are told is checked at every call, and at
+    a container's first that what is told adds up to what it returns.
+    """
+
+    def __init__(self, layer: MoeLayer, listener: Listener, *, outputs: bool) -> None:
+        super().__init__(layer, listener, outputs=outputs)
+        self.missing = torch.empty(0, dtype=torch.bool)
+        self.sum: WeightedSum | None = None
+
+    def _changed(self, call: Call, ids: Tensor, weights: Tensor) -> Call:
         self.missing = ((ids < self.layer.n_experts) & (weights != 0)).reshape(-1)
-        self.weights, self.sum, self.size = weights, None, 0.0
-        tapped = call.with_values(None, None, TappedWeights.of(call.weights, self._tell))
-        return tapped.args, tapped.kwargs
+        self.sum = None if self.layer.experts in _ADD_UP else WeightedSum(weights)
+        return call.with_values(None, None, TappedWeights.of(call.weights, self._tell))
 
     def _tell(self, rows: Tensor, places: Tensor) -> None:
         self.missing[places.to(self.missing.device)] = False
         self.listener.outputs(rows.detach(), places)
-        if not self.sum_checked:
-            self._add(rows.detach(), places.to(self.weights.device))
-
-    def _add(self, rows: Tensor, places: Tensor) -> None:
-        n_positions, top_k = self.weights.shape
-        if self.sum is None:
-            self.sum = rows.new_zeros((n_positions, rows.shape[-1]), dtype=torch.float32)
-        weights = self.weights.reshape(-1)[places].to(rows.device)
-        # A place that is not used may hold anything.
-        rows = torch.where(weights[:, None] != 0, rows.float() * weights[:, None], 0)
-        self.sum.index_add_(0, (places // top_k).to(rows.device), rows)
-        self.size += float(rows.square().sum())
+        if self.sum is not None:
+            self.sum.add(rows.detach(), places)
 
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         total = output.detach().reshape(-1, output.shape[-1])
@@ -129,62 +98,39 @@ class ContainerCapture:
 
     def _adds_up(self, total: Tensor) -> bool:
         """Whether what was told at the first call is what the container returned, to rounding."""
-        if self.sum is None:
+        told, self.sum = self.sum, None
+        if told is None or told.rows is None:
             return True
-        if self.sum.shape != total.shape:
+        if told.rows.shape != total.shape:
             return False
-        off = (self.sum.to(total.device) - total.float()).norm()
-        self.sum, self.sum_checked = None, True
+        off = (told.rows.to(total.device) - total.float()).norm()
         if not bool(off.isfinite()):  # who listens names what is not finite
             return True
         # Rounding is that of the parts, which may cancel.
-        if float(off) > _ROUNDING * self.size**0.5:
+        if float(off) > _ROUNDING * float(told.sizes.sum()) ** 0.5:
             return False
         _ADD_UP.add(self.layer.experts)
         return True
 
 
-class ExpandedCapture:
+class ExpandedCapture(_CalledCapture):
     """Hooks on a container that multiplies in a way of its own, such as by masks over all tokens.
 
     The container is handed one row per token and slot with weight 1, and the weighted sum is taken
     afterwards: any container that honours ids and weights can be listened to, at the cost of
     longer batches, and with a sum that is the model's to rounding.
-
-    Parameters
-    ----------
-    layer, listener, outputs :
-        As of :class:`ContainerCapture`.
     """
 
     def __init__(self, layer: MoeLayer, listener: Listener, *, outputs: bool) -> None:
-        self.layer = layer
-        self.listener = listener
-        self.wants_outputs = outputs
+        super().__init__(layer, listener, outputs=outputs)
         self.call: Call | None = None
 
-    def attach(self) -> Sequence[RemovableHandle]:
-        """Hooks before and, with outputs, after the container."""
-        handles = [self.layer.experts.register_forward_pre_hook(self._before, with_kwargs=True)]
-        if self.wants_outputs:
-            handles.append(self.layer.experts.register_forward_hook(self._after))
-        return handles
-
-    def _before(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        call = Call.read(args, kwargs)
-        top_k = call.ids.shape[-1]
-        ids = call.ids.detach().reshape(-1, top_k).clone()
-        self.listener.routing(ids, call.weights.detach().reshape(-1, top_k).float().clone())
-        if not self.wants_outputs:
-            return None
+    def _changed(self, call: Call, ids: Tensor, _weights: Tensor) -> Call:
         self.call = call
         hidden = call.hidden.reshape(-1, call.hidden.shape[-1])  # (n_positions, hidden)
         ones = torch.ones_like(call.weights).reshape(-1, 1)
-        rows = hidden.repeat_interleave(top_k, dim=0)
-        expanded = call.with_values(rows, call.ids.reshape(-1, 1), ones)
-        return expanded.args, expanded.kwargs
+        rows = hidden.repeat_interleave(ids.shape[-1], dim=0)
+        return call.with_values(rows, call.ids.reshape(-1, 1), ones)
 
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.call is None:
@@ -197,7 +143,7 @@ class ExpandedCapture:
         return total.reshape(*call.hidden.shape[:-1], output.shape[-1])
 
 
-CAPTURES: dict[str, Callable[..., Capture]] = {
+CAPTURES: dict[str, type[Capture]] = {
     "container": ContainerCapture,
     "expanded": ExpandedCapture,
     "scaled_input": ScaledInputCapture,

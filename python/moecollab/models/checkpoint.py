@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from os import preadv
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,15 +76,12 @@ class Unread:
     ----------
     stored : Stored
         Where it is.
-    file : file
-        Its file, open.
     block : uint8 Tensor of shape (n_bytes,)
         Memory for it.
     """
 
-    def __init__(self, stored: Stored, file: BinaryIO, block: Tensor) -> None:
+    def __init__(self, stored: Stored, block: Tensor) -> None:
         self._stored = stored
-        self._file = file
         self._block = block
 
     def get_shape(self) -> list[int]:
@@ -96,12 +92,14 @@ class Unread:
         """The whole tensor, or a part of it."""
         block, self._block = self._block, torch.empty(0)
         memory = memoryview(block.numpy().data)
-        done = 0
-        while done < len(memory):
-            read = preadv(self._file.fileno(), [memory[done:]], self._stored.start + done)
-            if not read:
-                raise _damaged(self._stored.file, "it ends within a tensor")
-            done += read
+        # Opened for each tensor, since the loader has several threads and a file one position.
+        with self._stored.file.open("rb", buffering=0) as file:
+            file.seek(self._stored.start)
+            while len(memory):
+                read = file.readinto(memory)
+                if not read:
+                    raise _damaged(self._stored.file, "it ends within a tensor")
+                memory = memory[read:]
         tensor = block.view(self._stored.dtype).view(self._stored.shape)
         return tensor[key]  # type: ignore[index]  # as transformers asks
 
@@ -159,13 +157,7 @@ class Checkpoint:
         block = torch.empty(total, dtype=torch.uint8)
         places = {key: block[start : start + wanted[key].n_bytes] for key, start in starts.items()}
         del block  # so that it goes when all that was read of it has gone
-        with ExitStack() as stack:
-            names = {stored.file for stored in wanted.values()}
-            files = {name: stack.enter_context(name.open("rb")) for name in names}
-            yield {
-                key: Unread(stored, files[stored.file], places.pop(key))
-                for key, stored in wanted.items()
-            }
+        yield {key: Unread(stored, places.pop(key)) for key, stored in wanted.items()}
 
 
 def _header(file: Path) -> dict[str, Stored]:

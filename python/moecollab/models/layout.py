@@ -81,7 +81,8 @@ class Layout:
         where the weights do not show it.
     shift : str
         Why it cannot be recorded how far the experts turn the residual stream: what they sum up to
-        is not added to it as it is. Empty where it is.
+        is not added to it as it is. Empty where it is. With ``capture="modules"``, weights are
+        checked only where it is empty.
     live_count : bool
         Whether the router reads `count` from its own ``config`` while it runs.
     fixed : str

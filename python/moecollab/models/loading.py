@@ -47,8 +47,8 @@ def load_model(
     Parameters
     ----------
     model : Module, path or hub name
-        A loaded model is returned as it is, in its own mode. A masked model's folder is
-        loaded and masked.
+        A loaded model is returned as it is, in its own mode; of one that ``torch.compile``
+        returned, the model inside. A masked model's folder is loaded and masked.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type of the weights; "auto" is that of the files.
     device : str, optional
@@ -71,6 +71,7 @@ def load_model(
     if dtype not in DTYPES:
         raise SettingsError("dtype", dtype, f"one of {', '.join(DTYPES)}")
     if isinstance(model, nn.Module):
+        model = getattr(model, "_orig_mod", model)  # what torch.compile was given
         if moe:
             find_moe_layers(model)
         check_finite(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from moecollab.errors import SettingsError, UnsupportedModelError
 from moecollab.models.layout import BUILT_IN, REFUSED, Layout
 
@@ -44,7 +46,7 @@ def layout_of(model_type: str, class_name: str) -> Layout:
     Raises
     ------
     UnsupportedModelError
-        When the family is not known, with the known ones and how to add another.
+        When the family is not known, with how to add it and known ones of a like name.
     """
     for name in (model_type, model_type.removesuffix("_text")):
         if name in _layouts:
@@ -54,10 +56,12 @@ def layout_of(model_type: str, class_name: str) -> Layout:
             f"{class_name} (model_type {model_type!r}) cannot be recorded: {REFUSED[model_type]}; "
             "choose a model of another family, see docs/models.md"
         )
+    near = get_close_matches(model_type, families(), n=3)
+    like = f" (a like name: {', '.join(near)})" if near else ""
     raise UnsupportedModelError(
         f"{class_name} (model_type {model_type!r}) is of a Mixture-of-Experts family that is not "
-        f"known; known are {', '.join(families())}. To add one, call "
-        "moecollab.models.registry.register_layout(moecollab.models.layout.Layout("
-        f"family={model_type!r}, count=<config field>, rows=<router tensors>)); docs/models.md has "
-        "worked examples"
+        "known; call moecollab.models.registry.register_layout(moecollab.models.layout.Layout("
+        f"family={model_type!r}, count=<config field>, rows=<router tensors>)), as in the worked "
+        f"examples of docs/models.md, which lists the known families{like}, and so does "
+        "moecollab.models.registry.families()"
     )

@@ -58,7 +58,7 @@ class MoeLayer:
         """Factor of the block on the weighted sum of the outputs, beyond the weights."""
         if not self.layout.scale:
             return 1.0
-        value = getattr(self.block, self.layout.scale)
+        value = _named_in(self.block, "scale", self.layout)
         if isinstance(value, str):
             averaged = value == "average" and getattr(self.block, "num_shared_experts", 1) > 0
             return 0.5 if averaged else 1.0
@@ -71,8 +71,10 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     Raises
     ------
     UnsupportedModelError
-        When the model is dense, of an unknown family, or has several containers in a layer.
+        When the model is dense, of an unknown family, compiled, or has several containers in a
+        layer.
     """
+    _check_eager(model)
     config = text_config(model)
     layout = _layout(model, config)
     layers = [_moe_layer(model, name, layout, config) for name in _blocks(model, layout, config)]
@@ -86,6 +88,19 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             f"({layers[0].name}, {layers[1].name}); such models are not supported"
         )
     return layers
+
+
+def _check_eager(model: nn.Module) -> None:
+    """Refuses what torch.compile made: with some hooks it fails while it is traced."""
+    for name, module in model.named_modules():
+        own = vars(module)
+        traced = hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None or traced:
+            where = name or "the model"
+            raise UnsupportedModelError(
+                f"{where} is compiled by torch.compile, which cannot be relied on to run the hooks "
+                "that listen and mask; load the model again and leave out what compiles it"
+            )
 
 
 def _named(model: nn.Module, layout: Layout) -> bool:
@@ -176,13 +191,14 @@ def _moe_layer(
     config: Any,  # noqa: ANN401
 ) -> MoeLayer:
     block = model.get_submodule(name)
-    router, experts = block.get_submodule(layout.router), block.get_submodule(layout.experts)
+    router, experts = _named_in(block, "router", layout), block.get_submodule(layout.experts)
+    _check_called(name, experts, layout)
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     if number is None:
         raise UnsupportedModelError(
             f"{name} is in no numbered layer; such models are not supported"
         )
-    top_k = getattr(router, "top_k", None) or attrgetter(layout.top_k)(config)
+    top_k = getattr(router, "top_k", None) or _named_in(config, "top_k", layout)
     return MoeLayer(
         layer=int(number[1]),
         name=name,
@@ -193,6 +209,31 @@ def _moe_layer(
         top_k=int(top_k),
         layout=layout,
     )
+
+
+def _named_in(owner: Any, field: str, layout: Layout) -> Any:  # noqa: ANN401
+    """What a field of a layout names in a block or in a configuration."""
+    name = getattr(layout, field)
+    try:
+        return attrgetter(name)(owner)
+    except AttributeError as cause:
+        raise UnsupportedModelError(
+            f"{type(owner).__name__} has no {name!r}, which the layout of {layout.family!r} names "
+            f"as its {field}; register the layout again with {field}=<what it is called there>"
+        ) from cause
+
+
+def _check_called(name: str, experts: nn.Module, layout: Layout) -> None:
+    """Refuses to wait for a list to be called, or for the parts of what is not a list."""
+    listed = isinstance(experts, nn.ModuleList)
+    called = type(experts).forward is not nn.ModuleList.forward
+    if (layout.capture == "modules" and not listed) or (layout.capture != "modules" and not called):
+        fits = "capture='modules'" if listed else "another capture than 'modules'"
+        raise UnsupportedModelError(
+            f"the experts of {name} are a {type(experts).__name__}, which capture="
+            f"{layout.capture!r} cannot listen to; register the layout of {layout.family!r} again "
+            f"with {fits}"
+        )
 
 
 def _n_experts(experts: nn.Module, layout: Layout) -> int:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from moecollab.models.listening import Capture, Listener
 from moecollab.models.routing import MoeLayer
 
-if TYPE_CHECKING:
-    from moecollab.models.capture import Listener
 
-
-class ScaledInputCapture:
+class ScaledInputCapture(Capture):
     """Hooks on a layer whose gate multiplies the input of its experts (Llama 4).
 
     The layer adds Σ f(g x) over the chosen experts f with gates g: there is no coefficient of an
@@ -23,17 +21,10 @@ class ScaledInputCapture:
     times output is exactly what an expert adds and the weighted sum is that of the layer, as in
     every other family. A gate of 0 is a slot that was not used. All experts run on all tokens
     anyway; nothing is computed twice.
-
-    Parameters
-    ----------
-    layer, listener, outputs :
-        As of :class:`moecollab.models.capture.ContainerCapture`.
     """
 
     def __init__(self, layer: MoeLayer, listener: Listener, *, outputs: bool) -> None:
-        self.layer = layer
-        self.listener = listener
-        self.wants_outputs = outputs
+        super().__init__(layer, listener, outputs=outputs)
         self.ids = self.gates = torch.empty(0)
 
     def attach(self) -> Sequence[RemovableHandle]:
@@ -59,22 +50,15 @@ class ScaledInputCapture:
         self.listener.total(added.sum(dim=1))
 
 
-class SortedCapture:
+class SortedCapture(Capture):
     """Hooks on experts that run on rows sorted by expert (JetMoE).
 
     The router returns, for each sorted row, its place among tokens × slots and its gate, and how
     many rows each expert gets; that gives ids and weights back exactly.
-
-    Parameters
-    ----------
-    layer, listener, outputs :
-        As of :class:`moecollab.models.capture.ContainerCapture`.
     """
 
     def __init__(self, layer: MoeLayer, listener: Listener, *, outputs: bool) -> None:
-        self.layer = layer
-        self.listener = listener
-        self.wants_outputs = outputs
+        super().__init__(layer, listener, outputs=outputs)
         self.order = self.weights = torch.empty(0)
 
     def attach(self) -> Sequence[RemovableHandle]:

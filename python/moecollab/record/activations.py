@@ -154,7 +154,11 @@ class Activations(Recording):
             domains, on="sample", how="left", maintain_order="left"
         )
         frames = [tokens.select("token", "sample", "domain", "position", "token_id")]
-        for layer in self.layers if layers is None else layers:
+        try:
+            wanted = list(self.layers if layers is None else layers)
+        except TypeError as cause:
+            raise SettingsError("layers", layers, f"a sequence, such as [{layers}]") from cause
+        for layer in wanted:
             self._check_layer(layer)
             table = pl.scan_parquet(self.path / layer_file(layer))
             frames.append(

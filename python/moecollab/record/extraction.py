@@ -11,17 +11,18 @@ from torch import nn
 
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import digest_bytes, refuse_existing
+from moecollab.models.allocation import give_back
 from moecollab.models.loading import ModelLike, load_model, load_tokenizer
 from moecollab.models.streamed import StreamedModel
 from moecollab.progress import track
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.corpus import Source, read_corpus
 from moecollab.record.layerwise import LayerReader
+from moecollab.record.merging import merge_shards
 from moecollab.record.reading import Reader, WholeReader
-from moecollab.record.run import Run, Settings, lengths_of
-from moecollab.record.shards import ShardStore, merge_shards
+from moecollab.record.run import Run, Settings, Sums, lengths_of
+from moecollab.record.shards import ShardStore
 from moecollab.record.sums import GROUPS, names_of
-from moecollab.record.tallies import Tallies
 from moecollab.record.windows import Sample, group_shards, select_samples
 
 
@@ -168,21 +169,19 @@ def _record(run: Run, samples: Sequence[Sample], store: ShardStore) -> None:
     """Records what is not recorded yet, shard by shard, and puts the result in its place."""
     domains = sorted({sample.document.domain for sample in samples})
     shards = _shards(samples)
-    total: Tallies | None = None
-    new: set[int] = set()
-    with track("extract", sum(len(sample.ids) for sample in samples)) as bar:
-        for number, part in enumerate(shards):
-            arrays = store.read(number)
-            if arrays is None:
-                new |= run.fill(number, shards, domains, store, bar)
-                arrays = store.read_whole(number)
-            elif number not in new:
-                bar.advance(sum(len(sample.ids) for sample in part))
-            added = run.tallies(domains, arrays)
-            total = added if total is None else total.merge(added)
-    if total is None:
+    sums = Sums(store, domains, run.n_experts, run.settings.groups)
+    done = {number for number in range(len(shards)) if sums.has(number)}
+    with track("extract", sum(lengths_of(shards))) as bar:
+        if done:
+            bar.remark(f"found {len(done)} of {len(shards)} shards")
+            bar.advance(sum(lengths_of([shards[number] for number in done])))
+        for number in range(len(shards)):
+            if number not in done:
+                done |= run.fill(number, shards, sums, bar)
+    if sums.total is None:
         raise DataError("the corpus holds no text; give at least one document that is not blank")
-    merge_shards(store, len(shards), samples, total, run.vocabulary(samples))
+    give_back()
+    merge_shards(store, len(shards), samples, sums.total, run.vocabulary(samples))
 
 
 def _shards(samples: Sequence[Sample]) -> list[list[Sample]]:

@@ -39,7 +39,7 @@ class LayerReader:
     hidden_gb : float
         Gigabytes of hidden states that may be held in memory; more are written to disk.
     channels : bool
-        Whether sums of every channel are recorded, which every shard holds.
+        Whether sums of every channel are recorded, which every shard in memory holds.
     """
 
     def __init__(
@@ -115,7 +115,8 @@ class LayerReader:
             "embeddings": self.streamed.outside_bytes,
             "one layer": self.streamed.layer_bytes,
             "hidden states": hidden,
-            "routing": tokens * self._column_bytes() + count * self._shard_bytes(),
+            # Every shard has its sums, and there are those of all shards before.
+            "routing": tokens * self._column_bytes() + (count + 1) * self._shard_bytes(),
             "a batch": working,
         }
         told = ", ".join(f"{name} {size / _GB:.2g}" for name, size in parts.items())

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moecollab.models.allocation import give_back
 from moecollab.models.loading import digest_model
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.progress import Bar
@@ -20,6 +21,7 @@ from moecollab.record.recorder import Recorder, Routing
 from moecollab.record.windows import Sample, cut_windows, group_batches
 
 _FIELDS = ("expert", "weight", "norm", "peak", "channel", "next")
+_POSITIONS = 4_096  # that are read before free memory is given back: it takes 1 to 30 ms
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class WholeReader:
         folder: Path,  # noqa: ARG002 (part of the protocol)
     ) -> None:
         """Fills the columns of the pieces of one shard, batch by batch."""
-        device = _device(self.model)
+        device, read = _device(self.model), 0
         with listen(find_moe_layers(self.model)) as recorder:
             for piece in pieces:
                 inputs, real = piece.begin(recorder, device)
@@ -186,6 +188,10 @@ class WholeReader:
                 for layer, routing in enumerate(recorder.take(real)):
                     piece.fill(layer, routing)
                 bar.advance(len(piece.batch.rows))
+                read += piece.batch.real.size
+                if read >= _POSITIONS:
+                    give_back()
+                    read = 0
 
 
 def _device(model: Any) -> torch.device:  # noqa: ANN401

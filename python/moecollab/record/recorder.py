@@ -203,6 +203,8 @@ class _Watch:
         for handle in self.handles:
             handle.remove()
         self.handles, self.seen = [], []
+        if self.reader is not None:
+            self.reader.sums = None  # hooks and listeners hold each other until the next collection
 
     def routing(self, ids: Tensor, weights: Tensor) -> None:
         self.seen.append(_Seen(ids, weights))

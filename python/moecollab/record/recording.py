@@ -26,8 +26,14 @@ class Recording:
 
     @property
     def n_experts(self) -> int:
-        """Routed experts per layer."""
+        """Routed experts per layer; the most that one has where layers differ."""
         return int(self.manifest["model"]["n_experts"])
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        """Routed experts of every layer."""
+        counts = self.manifest["model"].get("experts_per_layer", [self.n_experts] * self.n_layers)
+        return tuple(int(count) for count in counts)
 
     @property
     def top_k(self) -> int:

@@ -22,7 +22,6 @@ from moecollab.record.recorder import Recorder, Routing
 from moecollab.record.schema import KIND, NO_EXPERT, VERSION, n_preferences
 from moecollab.record.shards import Arrays, ShardStore
 from moecollab.record.sums import GROUPS, names_of
-from moecollab.record.tallies import Tallies
 from moecollab.record.tallying import Tokens, tally
 from moecollab.record.windows import Sample
 
@@ -82,6 +81,46 @@ def lengths_of(shards: Sequence[Sequence[Sample]]) -> list[int]:
     return [sum(len(sample.ids) for sample in shard) for shard in shards]
 
 
+class Sums:
+    """Sums of the first shards of a recording, in memory and on disk.
+
+    They are written before the shard that was added last, so that every shard that is there has
+    been added once; one that must be made again adds nothing.
+
+    Parameters
+    ----------
+    store : ShardStore
+        Where the shards are.
+    domains : sequence of str
+        Names of all domains.
+    n_experts : int
+        Routed experts per layer.
+    groups : sequence of str
+        What is summed.
+    """
+
+    def __init__(
+        self, store: ShardStore, domains: Sequence[str], n_experts: int, groups: Sequence[str]
+    ) -> None:
+        self.store = store
+        self.domains = domains
+        self.n_experts = n_experts
+        self.groups = groups
+        self.total, self.n_shards = store.sums()
+
+    def has(self, number: int) -> bool:
+        """Whether a shard is done."""
+        return number < self.n_shards and self.store.has(number)
+
+    def add(self, number: int, tokens: Tokens, layers: Sequence[Routing]) -> None:
+        """Adds a shard unless it was added before; shards come in order."""
+        if number < self.n_shards:
+            return
+        given = (self.domains, tokens, layers, self.n_experts, self.groups)
+        self.total, self.n_shards = tally(*given, self.total), number + 1
+        self.store.keep(self.total, self.n_shards)
+
+
 class Run:
     """A model with its tokenizer and settings, ready to read samples."""
 
@@ -123,6 +162,9 @@ class Run:
             "top_k": self.top_k,
             "path": str(given),
         } | ({"n_next": self.n_next} if self.n_next else {})
+        counts = [layer.n_experts for layer in self.layers]
+        if len(set(counts)) > 1:
+            described["model"]["experts_per_layer"] = counts
         renormalised = getattr(self.config, "norm_topk_prob", None)
         if renormalised is not None:
             described["model"]["norm_topk"] = bool(renormalised)
@@ -156,35 +198,36 @@ class Run:
         self,
         number: int,
         shards: Sequence[Sequence[Sample]],
-        domains: Sequence[str],
-        store: ShardStore,
+        sums: Sums,
         bar: Bar,
     ) -> set[int]:
         """Records a shard, and of those after it what is missing and read together with it."""
         missing = [number]
         for other in range(number + 1, len(shards)):
             more = [*missing, other]
-            if store.has(other):
+            if sums.has(other):
                 continue
             if self.reader.group(lengths_of([shards[one] for one in more])) < len(more):
                 break
             missing = more
-        tokens = {one: Tokens.of(shards[one], domains) for one in missing}
+        tokens = {one: Tokens.of(shards[one], sums.domains) for one in missing}
         columns = {one: self._empty(len(tokens[one].domain)) for one in missing}
         pieces = [
             Piece(batch, columns[one], tokens[one].domain[batch.rows])
             for one in missing
             for batch in cut_batches(shards[one], self.context, self.settings.batch_size)
         ]
-        self.reader.record(pieces, self._listen(len(domains)), bar, store.folder / "hidden")
+        folder = sums.store.folder / "hidden"
+        self.reader.record(pieces, self._listen(len(sums.domains)), bar, folder)
         for one in missing:
-            store.write(one, self.arrays(tokens[one], domains, columns.pop(one)))
+            merged = columns.pop(one)
+            sums.add(one, tokens[one], merged)
+            sums.store.write(one, self.arrays(merged))
         return set(missing)
 
-    def arrays(self, tokens: Tokens, domains: Sequence[str], merged: list[Routing]) -> Arrays:
-        """Arrays of one shard: every layer's columns and the shard's tallies."""
-        sums = tally(domains, tokens, merged, self.n_experts, self.settings.groups)
-        arrays: Arrays = {f"tally.{name}": value for name, value in sums.arrays.items()}
+    def arrays(self, merged: list[Routing]) -> Arrays:
+        """Arrays of one shard: every layer's columns."""
+        arrays: Arrays = {}
         for place, columns in zip(self.layers, merged, strict=True):
             for name in ("expert", "weight", "norm", "next"):
                 if getattr(columns, name) is not None:
@@ -204,13 +247,6 @@ class Run:
             n_domains=n_domains,
             n_experts=self.n_experts,
         )
-
-    def tallies(self, domains: Sequence[str], arrays: Arrays) -> Tallies:
-        """The tallies of a finished shard."""
-        return Tallies(tuple(domains), {name: arrays[f"tally.{name}"] for name in self._names()})
-
-    def _names(self) -> tuple[str, ...]:
-        return names_of(self.settings.groups)
 
     def _empty(self, n_tokens: int) -> list[Routing]:
         """Columns of zeros for each layer."""

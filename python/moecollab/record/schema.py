@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import polars as pl
+from polars.io.plugins import register_io_source
 
 from moecollab.errors import DataError, SchemaError
 
@@ -66,6 +68,26 @@ def layer_columns(top_k: int, *, norms: bool, n_next: int = 0) -> dict[str, pl.D
 def write_table(table: pl.DataFrame, path: Path) -> None:
     """Writes Parquet; the same table gives the same bytes."""
     table.write_parquet(path, compression="zstd", row_group_size=ROW_GROUP)
+
+
+def write_parts(parts: Iterable[pl.DataFrame], columns: dict[str, pl.DataType], path: Path) -> None:
+    """Writes consecutive parts of a table as it would be written whole, a few at a time."""
+    failed: list[DataError] = []
+
+    def read(*_wishes: object) -> Iterator[pl.DataFrame]:  # nothing narrower is ever asked for
+        try:
+            yield from parts
+        except DataError as error:  # Polars would make it one of its own
+            failed.append(error)
+            raise
+
+    table = register_io_source(read, schema=columns)
+    try:
+        table.sink_parquet(path, compression="zstd", row_group_size=ROW_GROUP, maintain_order=True)
+    except pl.exceptions.PolarsError:
+        if failed:
+            raise failed[0] from None
+        raise
 
 
 def check_table(path: Path, columns: dict[str, pl.DataType], n_rows: int | None = None) -> None:

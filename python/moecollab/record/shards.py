@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
-import numpy as np
-import polars as pl
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from moecollab.errors import DataError, StaleInputError
 from moecollab.manifest import (
     MANIFEST,
     read_json,
     refuse_existing,
-    replace_folder,
-    write_bytes,
     write_json,
 )
-from moecollab.record.schema import (
-    SAMPLE_COLUMNS,
-    SAMPLES,
-    TALLIES,
-    TOKEN_COLUMNS,
-    TOKENS,
-    VOCABULARY,
-    VOCABULARY_COLUMNS,
-    layer_columns,
-    layer_file,
-    write_table,
-)
-from moecollab.record.tallies import Tallies
-from moecollab.record.windows import Sample
+from moecollab.record.schema import TALLIES, TOKEN_COLUMNS, layer_columns
+from moecollab.record.tallies import Tallies, load_tallies
+from moecollab.record.tensors import write_tensors
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 _SHOWN = 80
@@ -145,37 +130,66 @@ class ShardStore:
                 path.unlink()
         write_json(note, self.manifest, overwrite=True)
 
-    def read(self, number: int, names: Sequence[str] | None = None) -> Arrays | None:
-        """Arrays of a shard, all or some, or None when it is not done or not readable."""
-        path = self._path(number)
-        if not path.exists():
-            return None
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns of a layer's table, with their types."""
+        model, norms = self.manifest["model"], bool(self.manifest["settings"]["norms"])
+        return layer_columns(model["top_k"], norms=norms, n_next=model.get("n_next", 0))
+
+    def names(self, layer: int) -> dict[str, str]:
+        """Names of a layer's arrays in a shard, by column."""
+        return {name: f"{name}.{layer}" for name in self.columns if name not in TOKEN_COLUMNS}
+
+    def read(self, number: int, layer: int) -> Arrays:
+        """Columns of a layer in a shard.
+
+        Raises
+        ------
+        DataError
+            When the shard is missing or damaged, or lacks a column.
+        """
         try:
-            with safe_open(path, framework="numpy") as file:
-                wanted = file.keys() if names is None else names
-                return {name: file.get_tensor(name) for name in wanted}
-        except (SafetensorError, OSError):
-            return None
+            with safe_open(self._path(number), framework="numpy") as file:
+                return {name: file.get_tensor(own) for name, own in self.names(layer).items()}
+        except (SafetensorError, OSError) as cause:
+            raise DataError(
+                f"shard {number} of {self.folder} is missing, damaged or lacks an array; run "
+                "extract again: it is made anew"
+            ) from cause
 
     def has(self, number: int) -> bool:
-        """Whether a shard seems to be done."""
-        return self._path(number).exists()
-
-    def read_whole(self, number: int) -> Arrays:
-        """Arrays of a shard that was written just now."""
-        arrays = self.read(number)
-        if arrays is None:
-            raise DataError(
-                f"shard {number} of {self.folder} vanished while it was in use; run extract again"
-            )
-        return arrays
+        """Whether a shard is there, of full length and with all its arrays."""
+        layers = self.manifest["model"]["layers"]
+        wanted = {name for layer in layers for name in self.names(layer).values()}
+        try:
+            with safe_open(self._path(number), framework="numpy") as file:
+                return wanted <= set(file.keys())
+        except (SafetensorError, OSError):
+            return False
 
     def write(self, number: int, arrays: Arrays) -> None:
         """Writes a shard whole or not at all."""
-        write_bytes(self._path(number), save(arrays), overwrite=True)
+        write_tensors(self._path(number), arrays)
+
+    def sums(self) -> tuple[Tallies | None, int]:
+        """Sums of the first shards together, and of how many; None and 0 without any."""
+        path = self.folder / TALLIES
+        try:
+            with safe_open(path, framework="numpy") as file:
+                n_shards = int(json.loads((file.metadata() or {})["tallies"])["shards"])
+            return load_tallies(path), n_shards
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None, 0
+
+    def keep(self, sums: Tallies, n_shards: int) -> None:
+        """Writes the sums of so many first shards in place of those of fewer."""
+        sums.save(self.folder / TALLIES, shards=n_shards)
 
     def close(self) -> None:
-        """Removes the work folder."""
+        """Removes the work folder, and an older recording that a kill left behind."""
+        for path in self.target.parent.glob(f".{escape(self.target.name)}.old.*"):
+            if path.is_dir() and [entry.name for entry in path.iterdir()] == ["old"]:
+                shutil.rmtree(path, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, number: int) -> Path:
@@ -202,84 +216,3 @@ def _changes(before: dict[str, Any], now: dict[str, Any], path: str = "") -> str
             digest = path == "inputs." or len(shown) > _SHOWN
             found.append(f"{path}{name}{'' if digest else shown}")
     return ", ".join(filter(None, found))
-
-
-def merge_shards(
-    store: ShardStore,
-    n_shards: int,
-    samples: Sequence[Sample],
-    tallies: Tallies,
-    vocabulary: dict[int, str],
-) -> None:
-    """Turns finished shards into the recording's folder and puts it in its place."""
-    folder = store.folder / "merged"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    model, norms = store.manifest["model"], bool(store.manifest["settings"]["norms"])
-    tokens = _token_table(samples)
-    write_table(tokens, folder / TOKENS)
-    write_table(_sample_table(samples), folder / SAMPLES)
-    words = {"token_id": list(vocabulary), "text": list(vocabulary.values())}
-    write_table(pl.DataFrame(words, schema=VOCABULARY_COLUMNS), folder / VOCABULARY)
-    columns = layer_columns(model["top_k"], norms=norms, n_next=model.get("n_next", 0))
-    slots = [name for name in columns if name not in TOKEN_COLUMNS]
-    places = {name: tokens[name] for name in ("token", "sample", "position")}
-    for layer in model["layers"]:
-        found = _layer_arrays(store, n_shards, layer, slots, len(tokens))
-        write_table(pl.DataFrame(places | found, schema=columns), folder / layer_file(layer))
-    tallies.save(folder / TALLIES)
-    write_json(folder / MANIFEST, store.manifest | {"corpus": _corpus_facts(samples, tallies)})
-    replace_folder(folder, store.target)
-    store.close()
-
-
-def _corpus_facts(samples: Sequence[Sample], tallies: Tallies) -> dict[str, Any]:
-    n_tokens = sum(len(sample.ids) for sample in samples)
-    return {"n_tokens": n_tokens, "n_samples": len(samples), "domains": list(tallies.domains)}
-
-
-def _layer_arrays(
-    store: ShardStore, n_shards: int, layer: int, names: Sequence[str], n_tokens: int
-) -> Arrays:
-    """One layer's columns over all shards, in order."""
-    found: Arrays = {}
-    start = 0
-    for number in range(n_shards):
-        arrays = store.read(number, [f"{name}.{layer}" for name in names])
-        if arrays is None:
-            raise DataError(
-                f"shard {number} of {store.folder} vanished while it was in use; run extract again"
-            )
-        for name in names:
-            part = arrays[f"{name}.{layer}"]
-            if name not in found:
-                found[name] = np.empty((n_tokens, *part.shape[1:]), part.dtype)
-            found[name][start : start + len(part)] = part
-        start += len(part)
-    return found
-
-
-def _token_table(samples: Sequence[Sample]) -> pl.DataFrame:
-    """One row per token, in corpus order."""
-    lengths = np.array([len(sample.ids) for sample in samples])
-    places = [
-        np.arange(len(sample.ids)) if sample.positions is None else sample.positions
-        for sample in samples
-    ]
-    columns = {
-        "token": np.arange(int(lengths.sum())),
-        "sample": np.repeat(np.arange(len(samples)), lengths),
-        "position": np.concatenate(places),
-        "token_id": np.concatenate([sample.ids for sample in samples]),
-    }
-    return pl.DataFrame(columns, schema=TOKEN_COLUMNS)
-
-
-def _sample_table(samples: Sequence[Sample]) -> pl.DataFrame:
-    columns = {
-        "sample": range(len(samples)),
-        "domain": [sample.document.domain for sample in samples],
-        "n_tokens": [len(sample.ids) for sample in samples],
-        "text_start": [sample.document.text.strip()[:80] for sample in samples],
-    }
-    return pl.DataFrame(columns, schema=SAMPLE_COLUMNS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from types import TracebackType
 from typing import Any
 
@@ -65,13 +66,22 @@ class Shelf:
         if number in self._held:
             found = self._held[number]
         elif number in self.spilled:
-            found = torch.load(self._file(number), weights_only=True)
+            found = self._load(number)
         else:
             return None
         return tree_map(lambda one: one.to(self.device) if isinstance(one, Tensor) else one, found)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number}.pt"
+
+    def _load(self, number: int) -> Any:  # noqa: ANN401
+        try:
+            return torch.load(self._file(number), weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as cause:
+            raise DataError(
+                f"{self._file(number)}, which holds hidden states of this run, is missing or "
+                "damaged; run extract again: it goes on where it stopped"
+            ) from cause
 
     def _spill(self, number: int, given: Any, size: int) -> None:  # noqa: ANN401
         try:

@@ -38,9 +38,13 @@ def add_tokens(
 
 def distinct(sketch: NDArray[np.uint8]) -> NDArray[np.float64]:
     """About how many different ids: float64 array, without the last axis of the sketch."""
-    registers = sketch.astype(np.float64)
-    raw: NDArray[np.float64] = _ALPHA * REGISTERS**2 / np.exp2(-registers).sum(axis=-1)
-    empty = (sketch == 0).sum(axis=-1)
+    power = 2.0 ** -np.arange(256)
+    return _estimate(power[sketch].sum(axis=-1), (sketch == 0).sum(axis=-1))
+
+
+def _estimate(total: NDArray[np.float64], empty: NDArray[np.int64]) -> NDArray[np.float64]:
+    """About how many ids, from Σ 2^-register and the registers that hold nothing."""
+    raw: NDArray[np.float64] = _ALPHA * REGISTERS**2 / total
     few = REGISTERS * np.log(REGISTERS / np.maximum(empty, 1))
     return np.where((raw <= 2.5 * REGISTERS) & (empty > 0), few, raw)
 
@@ -49,6 +53,27 @@ def shared(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float
     """About how many ids both saw: their counts less that of the union, at least 0."""
     both = distinct(one) + distinct(other) - distinct(np.maximum(one, other))
     return np.maximum(both, 0)
+
+
+def shared_by_all(sketch: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """About how many ids every pair saw: float64 (n, n) of sketches (n, 1024), as :func:`shared`.
+
+    The registers of a union are the larger ones of both. Those at most v in both are counted for
+    all pairs by one product of matrices, so nothing is made for each pair.
+    """
+    top, n = int(sketch.max(initial=0)), len(sketch)
+    below = np.zeros((n, n), np.float32)
+    total: NDArray[np.float64] = np.zeros((n, n))
+    for level in range(top + 1):
+        least = (sketch <= level).astype(np.float32)
+        here = least @ least.T  # registers of the union that are at most this
+        total += (here - below) * 2.0**-level
+        if level == 0:
+            empty = here.astype(np.int64)
+        below = here
+    union = _estimate(total, empty)
+    one = union.diagonal()
+    return np.maximum(one[:, None] + one[None, :] - union, 0)
 
 
 def _mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:

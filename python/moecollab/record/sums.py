@@ -116,14 +116,20 @@ def zeros(name: str, shape: tuple[int, int, int], width: int) -> NDArray[Any]:
 
 def join(first: dict[str, NDArray[Any]], second: dict[str, NDArray[Any]]) -> dict[str, Any]:
     """Two recordings as one; of equal peaks the first stays."""
-    joined: dict[str, Any] = {}
-    for name, value in first.items():
-        other, rule = second[name], SUMS[name].join
-        if rule == "peak":
-            joined[name] = np.where(second["max_abs"] > first["max_abs"], other, value)
-        else:
-            joined[name] = value + other if rule == "add" else np.maximum(value, other)
+    joined = {name: value.copy() for name, value in first.items()}
+    add(joined, second)
     return joined
+
+
+def add(into: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> None:
+    """Adds one recording to another in its place; of equal peaks the first stays."""
+    higher = other["max_abs"] > into["max_abs"] if "max_abs" in into else False
+    for name, value in other.items():
+        rule = SUMS[name].join
+        if rule == "peak":
+            np.copyto(into[name], value, where=higher)
+        else:
+            (np.add if rule == "add" else np.maximum)(into[name], value, out=into[name])
 
 
 def total(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

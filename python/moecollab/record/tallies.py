@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from moecollab.errors import (
     DataError,
@@ -20,8 +19,8 @@ from moecollab.errors import (
     SettingsError,
     ShapeError,
 )
-from moecollab.manifest import write_bytes
 from moecollab.record.sums import GROUPS, SUMS, join, names_of, total, zeros
+from moecollab.record.tensors import write_tensors
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,10 +164,9 @@ class Tallies:
             spread[name][rows] = value
         return spread
 
-    def save(self, path: Path) -> None:
-        """Writes safetensors with the domains as metadata, one key, since order is not kept."""
-        about = {"tallies": json.dumps({"domains": self.domains})}
-        write_bytes(path, save(dict(self.arrays), metadata=about), overwrite=True)
+    def save(self, path: Path, **about: object) -> None:
+        """Writes safetensors with the domains, and what else is told, as metadata."""
+        write_tensors(path, self.arrays, {"tallies": json.dumps({"domains": self.domains} | about)})
 
 
 def load_tallies(path: Path) -> Tallies:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from moecollab.record.recorder import Routing
 from moecollab.record.sketch import add_tokens
-from moecollab.record.sums import REGISTERS
+from moecollab.record.sums import REGISTERS, add
 from moecollab.record.tallies import Tallies
 from moecollab.record.windows import Sample
 
@@ -53,6 +53,7 @@ def tally(
     layers: Sequence[Routing],
     n_experts: int,
     groups: Sequence[str] = ("routing", "norms"),
+    total: Tallies | None = None,
 ) -> Tallies:
     """Sums over some tokens, added in the order of the tokens.
 
@@ -68,15 +69,18 @@ def tally(
         Routed experts per layer.
     groups : sequence of str
         What to sum, as in :data:`moecollab.record.sums.GROUPS`; all must have been recorded.
+    total : Tallies, optional
+        Sums of earlier tokens of the same domains and groups: these are added in their place.
     """
-    width = 0
-    if "channels" in groups:
-        width = next(one.sums.shape[-1] for one in layers if one.sums is not None)
-    total = Tallies.zeros(domains, len(layers), n_experts, groups=groups, width=width)
+    if total is None:
+        width = 0
+        if "channels" in groups:
+            width = next(one.sums.shape[-1] for one in layers if one.sums is not None)
+        total = Tallies.zeros(domains, len(layers), n_experts, groups=groups, width=width)
     for row, routing in enumerate(layers):
-        for name, value in _sums(tokens, routing, len(domains), n_experts, groups):
-            into = total.arrays[name]
-            into[:, row] = value.reshape(into[:, row].shape)
+        into = {name: value[:, row] for name, value in total.arrays.items()}
+        found = _sums(tokens, routing, len(domains), n_experts, groups)
+        add(into, {name: value.reshape(into[name].shape) for name, value in found})
     return total
 
 

@@ -32,7 +32,8 @@ def made(material: Material) -> list[Made]:
         origin = {"activations": collab.activations} if collab.activations else {}
         found.append(_made("collaboration", {"settings": collab.settings, "inputs": origin}))
     for scores in material.scores:
-        about = {"settings": scores.settings, "inputs": {"activations": scores.activations}}
+        origin = {"activations": scores.activations} if scores.activations else {}
+        about = {"settings": scores.settings, "inputs": origin}
         found.append(_made(f"scores: {scores.criterion}", about))
     if material.plan is not None:
         found.append(_made("plan", material.plan.as_json()))

@@ -13,9 +13,10 @@ from moecollab.progress import track
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.corpus import Document
 from moecollab.record.imports.checking import Checked
+from moecollab.record.merging import merge_shards
 from moecollab.record.recorder import Routing
 from moecollab.record.schema import KIND, VERSION
-from moecollab.record.shards import Arrays, ShardStore, merge_shards
+from moecollab.record.shards import Arrays, ShardStore
 from moecollab.record.tallies import Tallies
 from moecollab.record.tallying import Tokens, tally
 from moecollab.record.windows import Sample, group_shards
@@ -62,8 +63,7 @@ def _write(checked: Checked, store: ShardStore) -> None:
             span = slice(int(first[shard.start]), int(first[shard.stop]))
             routing = _write_shard(checked, store, number, span)
             tokens = Tokens.of([samples[index] for index in shard], domains)
-            added = tally(domains, tokens, routing, checked.n_experts, ("routing",))
-            total = total.merge(added)
+            tally(domains, tokens, routing, checked.n_experts, ("routing",), total)
             bar.advance(span.stop - span.start)
     merge_shards(store, len(shards), samples, total, _vocabulary(samples, named=named))
 

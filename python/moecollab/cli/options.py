@@ -1,0 +1,57 @@
+"""Options that several commands take, and reading their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moecollab import progress
+from moecollab.errors import SettingsError, unknown_name
+
+Model = Annotated[str, typer.Argument(help="Folder or hub name of a model, or a masked model")]
+Out = Annotated[Path, typer.Option(help="Where the result goes")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result")]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
+Context = Annotated[int, typer.Option(help="Tokens read at once; longer text is read in pieces")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
+Batch = Annotated[int, typer.Option(help="Windows run at once")]
+
+
+def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Whole numbers between commas."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError as cause:
+        raise SettingsError(name, text, "whole numbers between commas, such as 64,128") from cause
+
+
+def sums(asked: str) -> list[str]:
+    """Names of sums, with those that criteria need in place of their names."""
+    from moecollab.criteria import collects, names
+    from moecollab.record.sums import GROUPS
+
+    found: list[str] = []
+    for name in filter(None, map(str.strip, asked.split(","))):
+        if name not in (*GROUPS, *names()):
+            raise unknown_name("collect", name, [*GROUPS, *names()])
+        found.extend([name] if name in GROUPS else collects(name))
+    return found
+
+
+def held(context: typer.Context, hidden_gb: float) -> float:
+    """Refuses memory for hidden states where none are held."""
+    source = context.get_parameter_source("hidden_gb")
+    given = source is not None and source.name == "COMMANDLINE"
+    if given and not context.params["layer_by_layer"]:
+        raise typer.BadParameter("it works with --layer-by-layer; give both or leave it out")
+    return hidden_gb
+
+
+def say_context(asked: int, read: int) -> None:
+    """Says that a model reads less at once than was asked for."""
+    if read < asked:
+        progress.say(f"read in pieces of {read} tokens, not {asked}: the model has no more places")

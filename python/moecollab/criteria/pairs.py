@@ -1,0 +1,100 @@
+"""Criteria that compare experts with each other: pairs of a layer, and the words they see."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecollab.criteria.base import Criterion, Evidence, Needs
+from moecollab.record.sketch import distinct, shared_by_all
+
+
+def evtc(evidence: Evidence, /) -> NDArray[np.float64]:
+    """About how many different token ids were routed to each expert.
+
+    Formula: s(l, e) = number of different ids among the tokens routed to e, estimated from a sketch
+        with a standard error of 3.3 %
+    Needs: routing, vocabulary
+    Direction: higher is kept
+    Cost: reads the tallies, O(1024 n_layers n_experts)
+    Source: EVTC of MC-Suite, Jaiswal et al. 2025 (arXiv:2504.05586), which divides by the
+        vocabulary's size
+    Not defined when: never; an expert without tokens scores 0
+    """
+    return distinct(evidence.tallies["token_sketch"])
+
+
+def ecc(evidence: Evidence, /) -> NDArray[np.float64]:
+    """Rank of falling, the less used of the pair most often chosen together first.
+
+    Formula: of all pairs of a layer whose members are left, take that with the most common tokens
+        and drop its member with fewer tokens, until one is left; s = rank in this order
+    Needs: routing, pairs
+    Direction: higher is kept
+    Cost: O(n_layers n_experts² log n_experts)
+    Source: ECC of MC-Suite, Jaiswal et al. 2025 (arXiv:2504.05586), which tries the most and the
+        least frequent pair and estimates again after each drop; this takes the most frequent, as is
+        best for ``ets`` there, and all counts from one pass. Ties go to the larger ids
+    Not defined when: an expert has no tokens; it falls before all that have some
+    """
+    return _by_pairs(evidence.tallies["pair_count"].astype(np.float64), evidence)
+
+
+def ets(evidence: Evidence, /) -> NDArray[np.float64]:
+    """Rank of falling, the less used of the pair that shares most token ids first.
+
+    Formula: as ``ecc``, with pairs ordered by the number of different token ids that both see,
+        estimated from sketches as |A| + |B| - |A ∪ B|, each with a standard error of 3.3 %; so an
+        overlap is off by about 5 % of the union, and small ones are noise
+    Needs: routing, vocabulary
+    Direction: higher is kept
+    Cost: O(1024 n_layers n_experts²)
+    Source: ETS of MC-Suite, Jaiswal et al. 2025 (arXiv:2504.05586), whose best direction this is;
+        differs: all from one pass, where the paper estimates again after each drop
+    Not defined when: an expert has no tokens; it falls before all that have some
+    """
+    layers = [shared_by_all(sketch) for sketch in evidence.tallies["token_sketch"]]
+    return _by_pairs(np.stack(layers), evidence)
+
+
+def _by_pairs(alike: NDArray[np.float64], evidence: Evidence) -> NDArray[np.float64]:
+    """Ranks of every layer's experts from the likeness of pairs: (n_layers, n_experts)."""
+    counts = evidence.tallies.count
+    return np.stack([_fall(*layer) for layer in zip(alike, counts, strict=True)])
+
+
+def _fall(alike: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Ranks of one layer's experts."""
+    n_experts = len(count)
+    first, second = (side[::-1] for side in np.triu_indices(n_experts, 1))  # larger ids come first
+    order = np.argsort(-alike[first, second], kind="stable")
+    loser = np.where(count[first] < count[second], first, second)
+    left = (count > 0).tolist()
+    gone = [expert for expert in reversed(range(n_experts)) if not left[expert]]
+    pairs = zip(first[order].tolist(), second[order].tolist(), loser[order].tolist(), strict=True)
+    for one, other, less_used in pairs:
+        if left[one] and left[other]:
+            left[less_used] = False
+            gone.append(less_used)
+    return rank_by_fall(gone, n_experts)
+
+
+def rank_by_fall(gone: list[int], n_experts: int) -> NDArray[np.float64]:
+    """Scores from the order in which experts fall; those that do not fall come last.
+
+    Examples
+    --------
+    >>> rank_by_fall([2, 0], 3).tolist()
+    [1.0, 2.0, 0.0]
+    """
+    found = np.full(n_experts, float(len(gone)))
+    found[gone] = np.arange(len(gone))
+    return found
+
+
+_VOCABULARY = Needs.ROUTING | Needs.VOCABULARY
+CRITERIA = (
+    Criterion("evtc", _VOCABULARY, evtc),
+    Criterion("ecc", Needs.ROUTING | Needs.PAIRS, ecc),
+    Criterion("ets", _VOCABULARY, ets),
+)
