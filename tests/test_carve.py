@@ -15,14 +15,13 @@ from moecollab.demo.training_text import read_training_text
 from moecollab.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benches" / "models"))
+from carved_model import carve_model, dense_ffn
 from carving import (
     Carved,
     Seen,
     Shape,
     balanced_clusters,
     carve_layer,
-    carve_model,
-    dense_ffn,
     expert_shares,
     features,
     output_error,

@@ -19,7 +19,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from carving import Shape, carve_model
+from carved_model import carve_model
+from carving import Shape
 from distilling import Recipe, tune
 from judging import judge
 from numpy.typing import NDArray
