@@ -11,6 +11,7 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.cli.comparing import compare
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -371,6 +372,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     mask,
     prune,
     evaluate,
+    compare,
     report,
     demo,
     criteria,
