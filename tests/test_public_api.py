@@ -15,7 +15,6 @@ NOT_ON_THE_COMMAND_LINE = {
     "extract": {"tokenizer"},
     "evaluate": {"tokenizer", "name"},
     "mine": {"n_experts"},
-    "plan": {"keep"},
     "report": {"activations", "collaboration", "scores", "plan", "evaluations"},
 }
 
