@@ -10,16 +10,19 @@ from hypothesis import strategies as st
 
 import models
 from moecollab.criteria.scores import Scores, load_scores
+from moecollab.criteria.scoring import score
 from moecollab.errors import DataError, PlanError, SettingsError, ShapeError
 from moecollab.models.footprint import Footprint
 from moecollab.models.groups import RouterGroups, router_groups
 from moecollab.models.keep import check_keep, read_keep
+from moecollab.models.loading import load_model
 from moecollab.models.routing import find_moe_layers
 from moecollab.pruning.planning import plan
 from moecollab.pruning.plans import load_plan
 from moecollab.pruning.pruning import prune
 from moecollab.pruning.sequences import by_entropy, by_similarity, entropies
 from moecollab.pruning.units import make_units
+from moecollab.record.extraction import extract
 
 
 def make_scores(values, top_k=1, groups=None, settings=None, layers=None):
@@ -446,3 +449,16 @@ def test_more_mass_keeps_more_of_the_same(scores, shares):
         made = [plan(scores, mass=mass, per=per).keep for mass in sorted(shares)]
         for less, more in pairwise(made):
             assert all(set(less[i]) <= set(more[i]) for i in scores.layers)
+
+
+def test_recordings_know_the_router_groups(tmp_path, texts):
+    folder = models.save("deepseek_v3", tmp_path / "model", n_group=2, topk_group=1)
+    acts = extract(folder, texts, out=tmp_path / "acts")
+    assert acts.router_groups == RouterGroups(2, 2)
+    scores = score("frequency", acts)
+    assert scores.groups == RouterGroups(2, 2)
+    check_keep(
+        read_keep(plan(scores, drop=0.25, per="model")), find_moe_layers(load_model(folder)[0])
+    )
+    weighed = score("weight_norm", model=str(folder))
+    assert weighed.groups == RouterGroups(2, 2)

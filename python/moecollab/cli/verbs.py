@@ -11,6 +11,7 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.cli.comparing import compare
 from moecollab.cli.deciding import plan
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
@@ -351,6 +352,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     mask,
     prune,
     evaluate,
+    compare,
     report,
     demo,
     criteria,
