@@ -76,15 +76,15 @@ def _fall(alike: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.fl
         if left[one] and left[other]:
             left[less_used] = False
             gone.append(less_used)
-    return ranks(gone, n_experts)
+    return rank_by_fall(gone, n_experts)
 
 
-def ranks(gone: list[int], n_experts: int) -> NDArray[np.float64]:
+def rank_by_fall(gone: list[int], n_experts: int) -> NDArray[np.float64]:
     """Scores from the order in which experts fall; those that do not fall come last.
 
     Examples
     --------
-    >>> ranks([2, 0], 3).tolist()
+    >>> rank_by_fall([2, 0], 3).tolist()
     [1.0, 2.0, 0.0]
     """
     found = np.full(n_experts, float(len(gone)))

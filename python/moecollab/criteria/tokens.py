@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.criteria.base import Criterion, Evidence, Needs
-from moecollab.criteria.pairs import ranks
+from moecollab.criteria.pairs import rank_by_fall
 from moecollab.errors import MissingInputError
 from moecollab.record.activations import Activations, LayerTable
 from moecollab.record.schema import NO_EXPERT
@@ -92,7 +92,7 @@ def _election(table: LayerTable, n_experts: int) -> NDArray[np.float64]:
         waiting.ravel()[own] = False
         moving = own[voting.ravel()[own]] // ballot.shape[1]
         votes += np.bincount(_next_choices(ballot, waiting, voting, moving), minlength=n_experts)
-    return ranks(gone, n_experts)
+    return rank_by_fall(gone, n_experts)
 
 
 def _next_choices(
