@@ -27,7 +27,7 @@ def leave_one_out(evidence: Evidence, /) -> NDArray[np.float64]:
     return squared_errors(evidence)
 
 
-def leave_one_out_cosine(evidence: Evidence, /) -> NDArray[np.float64]:
+def leave_one_out_cos(evidence: Evidence, /) -> NDArray[np.float64]:
     """How far each block's output turns without the expert.
 
     Formula: s(l, e) = Σ_t (1 - cos(y'(t, l, e), y(t, l))) / T, y and y' as in ``leave_one_out``
@@ -202,7 +202,7 @@ def eao(evidence: Evidence, /) -> NDArray[np.float64]:
 
 CRITERIA = (
     Criterion("leave_one_out", Needs.MODEL, leave_one_out),
-    Criterion("leave_one_out_cosine", Needs.MODEL, leave_one_out_cosine),
+    Criterion("leave_one_out_cos", Needs.MODEL, leave_one_out_cos),
     Criterion("naee", Needs.MODEL, naee, by_drop=True),
     Criterion("delta_nll", Needs.MODEL, delta_nll),
     Criterion("fisher", Needs.MODEL, fisher),

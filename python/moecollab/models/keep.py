@@ -142,11 +142,18 @@ def _check_layer(keep: Keep, layer: MoeLayer) -> None:
     _check_groups(kept, layer)
 
 
+def router_groups(layer: MoeLayer) -> int:
+    """Groups of experts from which the router chooses some first; 1 if it does not."""
+    router = layer.router
+    if getattr(router, "topk_method", "") == "greedy":
+        return 1
+    return int(getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1)
+
+
 def _check_groups(kept: tuple[int, ...], layer: MoeLayer) -> None:
     """Nothing upstream checks this: unequal groups run, and choose other experts."""
-    router = layer.router
-    n_groups = getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
-    if n_groups == 1 or getattr(router, "topk_method", "") == "greedy":
+    router, n_groups = layer.router, router_groups(layer)
+    if n_groups == 1:
         return
     size = layer.n_experts // n_groups
     counts = [sum(expert // size == group for expert in kept) for group in range(n_groups)]

@@ -19,13 +19,13 @@ from moecollab.criteria.probing.probing import (
     Model,
     check_masks,
     finite,
+    hidden,
     inputs_of,
     logits_in,
     losses_of,
     subject,
 )
 from moecollab.errors import DataError, UnsupportedModelError
-from moecollab.models.masked import layer_masked
 from moecollab.models.replay import instead
 from moecollab.models.routing import MoeLayer
 from moecollab.models.streamed import decoder_layers
@@ -127,7 +127,7 @@ class _Window:
 
     def _masked(self, block: Block, expert: int) -> Tensor:
         """Loss of the whole model without an expert: (1,)."""
-        with layer_masked(block.layer, without(block.layer, (expert,))):
+        with hidden(block.layer, without(block.layer, (expert,))):
             output = self.model(**inputs_of(self.model, self.window))
         return losses_of(logits_in(self.model, output), self.window)
 
@@ -170,7 +170,7 @@ def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
 def _copies(output: Any, n_copies: int) -> Callable[..., Any]:  # noqa: ANN401
     """A forward that returns what a layer gave for one row, for several."""
 
-    def one(value: object) -> object:
+    def one(value: Any) -> Any:  # noqa: ANN401
         single = isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == 1
         return value.repeat(n_copies, *[1] * (value.dim() - 1)) if single else value
 

@@ -8,7 +8,7 @@ whatever runs beside them, only those that a mask concerns run again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moecollab.criteria.probing.probing import Model, Windows, inputs_of
+from moecollab.criteria.probing.probing import Model, Windows, hidden, inputs_of, not_finite
 from moecollab.errors import UnsupportedModelError
 from moecollab.models.capture import capture
-from moecollab.models.masked import layer_masked
-from moecollab.models.routing import MoeLayer
+from moecollab.models.keep import router_groups
+from moecollab.models.routing import MoeLayer, text_config
 from moecollab.progress import track
 
 CHUNK = 8192
@@ -47,7 +47,7 @@ class _Call:
 
     @property
     def _place(self) -> int | str:
-        named = [*enumerate(self.args), *self.kwargs.items()]
+        named: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
         return next(key for key, value in named if _is_hidden(value))
 
     @property
@@ -102,8 +102,16 @@ class Block:
     chosen: list[Tensor] = field(default_factory=list)
 
     def settle(self, checked: Block | None = None) -> Block:
-        """Joins the windows, and finds out, or is told, which tokens must run together."""
+        """Joins the windows, and finds out, or is told, which tokens must run together.
+
+        Raises
+        ------
+        DataError
+            When the block returns what is not finite.
+        """
         self.output = torch.cat([_flat(first_of(one)) for one in self.returned])  # (n, hidden)
+        if not bool(self.output.isfinite().all()):
+            raise not_finite(f"what {self.layer.name} returns")
         self.ids = torch.cat(self.chosen)  # (n, top_k)
         self.starts = np.cumsum([0, *(len(ids) for ids in self.chosen)])
         self.rowwise = self.local = False
@@ -127,13 +135,15 @@ class Block:
     def _is_local(self) -> bool:
         """Whether a mask concerns only tokens that chose what it hides.
 
-        Not so where weights are shares of what all experts get, chosen or not. The most chosen
-        expert has the largest share.
+        Not so where weights are shares of what all experts get, chosen or not: the most chosen
+        expert has the largest share. Nor where routers choose groups first, by experts that may not
+        be chosen.
         """
         count = torch.bincount(self.ids.reshape(-1), minlength=self.layer.n_experts)
         most = int(count[: self.layer.n_experts].argmax())
         others = (self.ids != most).all(dim=1).nonzero()[:, 0]
-        if self.layer.n_experts <= self.layer.top_k or not len(others):
+        few = self.layer.n_experts <= self.layer.top_k
+        if few or not len(others) or router_groups(self.layer) > 1:
             return False
         found, _ = self.run(without(self.layer, (most,)), others)
         return self._same(found, others)
@@ -180,13 +190,25 @@ class Block:
         """
         if not len(tokens):
             return self.output[tokens], self.ids[tokens]
-        masked = nullcontext() if kept is None else layer_masked(self.layer, kept)
-        with torch.inference_mode(), masked, listening(self.layer) as heard:
+        with torch.inference_mode(), hidden(self.layer, kept), listening(self.layer) as heard:
             if self.rowwise:
-                found = torch.cat([self._some(part) for part in tokens.split(CHUNK)])
-                return found, torch.cat(heard)
-            found = torch.cat([_flat(first_of(self._whole(call))) for call in self.given])
-            return found[tokens], torch.cat(heard)[tokens]
+                parts = [self._some(part) for part in torch.split(tokens, CHUNK)]
+            else:
+                parts = [_flat(first_of(self._whole(call))) for call in self.given]
+        found, ids = torch.cat(parts), torch.cat(heard)
+        if kept is not None:
+            self._check_hidden(ids, kept)
+        return (found, ids) if self.rowwise else (found[tokens], ids[tokens])
+
+    def _check_hidden(self, ids: Tensor, kept: Sequence[int]) -> None:
+        """Raises UnsupportedModelError if a hidden expert was chosen for want of others."""
+        gone = torch.tensor(without(self.layer, kept), device=ids.device)
+        if bool(torch.isin(ids, gone).any()):
+            raise UnsupportedModelError(
+                f"the groups from which the router of layer {self.layer.layer} chooses hold too "
+                f"few experts when {len(gone)} are hidden; drop fewer, or use a criterion that "
+                "hides none, such as fisher or easy_ep"
+            )
 
     def _some(self, tokens: Tensor) -> Tensor:
         call = self.given[0]
@@ -212,7 +234,7 @@ def _flat(rows: Tensor) -> Tensor:
 class _Heard(list[Tensor]):
     """Expert ids of each call."""
 
-    def routing(self, ids: Tensor, weights: Tensor) -> None:
+    def routing(self, ids: Tensor, weights: Tensor) -> None:  # noqa: ARG002
         """Keeps the ids."""
         self.append(ids.long())
 
@@ -237,8 +259,6 @@ def listening(layer: MoeLayer) -> Iterator[_Heard]:
 
 def blocks_of(model: Model, layers: Sequence[MoeLayer], windows: Windows) -> Iterator[Block]:
     """The blocks of some layers on all windows, as many layers a pass as :data:`HELD` allows."""
-    from moecollab.models.routing import text_config
-
     width = int(text_config(model).hidden_size) * int(model.dtype.itemsize)
     each = 2 * width * sum(len(window) for window in windows)
     size = max(1, HELD // each)
@@ -290,7 +310,7 @@ def _watched(block: Block, *, leave: bool) -> Iterator[None]:
         if leave:
             raise _Left
 
-    with listening(block.layer) as block.chosen:  # type: ignore[assignment]
+    with listening(block.layer) as block.chosen:
         handles = [
             block.layer.block.register_forward_pre_hook(before, with_kwargs=True),
             block.layer.block.register_forward_hook(after),

@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moecollab.criteria.base import Evidence
-from moecollab.criteria.probing.probing import Model, Windows, inputs_of, subject
+from moecollab.criteria.probing.probing import (
+    Model,
+    Windows,
+    inputs_of,
+    not_finite,
+    subject,
+)
 from moecollab.errors import UnsupportedModelError
 from moecollab.models.routing import Call, MoeLayer, text_config
 from moecollab.progress import track
@@ -67,12 +73,21 @@ class Everyone:
             handle.remove()
 
     def outputs(self) -> Iterator[Tensor]:
-        """Outputs of all experts before any weight, some tokens a time: (n_experts, n, hidden)."""
+        """Outputs of all experts before any weight, some tokens a time: (n_experts, n, hidden).
+
+        Raises
+        ------
+        DataError
+            When an output is not finite.
+        """
         rows = torch.cat(self.rows)
         size = max(1, HELD // (self.layer.n_experts * rows.shape[1] * 8))
         run = _RUN[self.layer.layout.capture]
-        for part in rows.split(size):
-            yield run(self.layer, part).double()
+        for part in torch.split(rows, size):
+            found = run(self.layer, part).double()
+            if not bool(found.isfinite().all()):
+                raise not_finite(f"what the experts of {self.layer.name} return")
+            yield found
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -142,9 +157,9 @@ def far_outputs(evidence: Evidence) -> NDArray[np.float64]:
 
     def count(one: Everyone) -> Tensor:
         n_tokens = sum(map(len, one.rows))
-        mean = sum(part.sum(dim=1) for part in one.outputs()) / n_tokens
+        mean = torch.stack([part.sum(dim=1) for part in one.outputs()]).sum(dim=0) / n_tokens
         around = [((part - mean[:, None]) ** 2).sum(dim=1) for part in one.outputs()]
-        spread = (sum(around) / n_tokens).sqrt()
+        spread = (torch.stack(around).sum(dim=0) / n_tokens).sqrt()
         far = [_far(part, mean, spread) for part in one.outputs()]
         return torch.stack(far).sum(dim=0).cpu()
 

@@ -40,16 +40,19 @@ def of_gradients(
 ) -> NDArray[np.float64]:
     """A statistic of the gradients of each layer's experts: (n_layers, n_experts)."""
     model, layers, windows = subject(evidence)
-    found = []
     parts = list(_parts(layers))
+    found: list[NDArray[np.float64]] = []
     with track("differentiating", len(parts) * len(windows)) as bar:
         for part in parts:
-            sums = _sums(
-                model, [one for layer in part for one in _matrices(layer)], windows, bar.advance
-            )
-            for layer in part:
-                found.append(statistic(expert_matrices(layer, lambda one: sums[id(one)])))
+            wanted = [one for layer in part for one in _matrices(layer)]
+            read = _read(_sums(model, wanted, windows, bar.advance))
+            found += [statistic(expert_matrices(layer, read)) for layer in part]
     return np.stack(found)
+
+
+def _read(sums: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Gives what belongs to a parameter."""
+    return lambda parameter: sums[id(parameter)]
 
 
 def _parts(layers: Sequence[MoeLayer]) -> Iterator[list[MoeLayer]]:

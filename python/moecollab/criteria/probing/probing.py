@@ -15,11 +15,11 @@ from moecollab.criteria.base import Evidence
 from moecollab.errors import (
     DataError,
     MissingInputError,
-    PlanError,
     SettingsError,
     UnsupportedModelError,
 )
-from moecollab.models.keep import Keep, check_keep
+from moecollab.models.keep import Keep, check_keep, router_groups
+from moecollab.models.masked import layer_barred, layer_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 
 Model: TypeAlias = Any  # a causal language model; transformers is untyped
@@ -51,7 +51,7 @@ def check_masks(layers: Sequence[MoeLayer], n_dropped: int) -> None:
     SettingsError
         When fewer experts than a token chooses would be left.
     UnsupportedModelError
-        When the routers choose by groups, whose sizes must stay alike, or cannot be masked.
+        When the routers cannot be masked, as those that choose by groups without a bias.
     """
     first = layers[0]
     left = first.n_experts - n_dropped
@@ -61,14 +61,21 @@ def check_masks(layers: Sequence[MoeLayer], n_dropped: int) -> None:
             f"{n_dropped} of {first.n_experts} experts",
             f"such that no fewer than the {first.top_k} that a token chooses are left",
         )
+    if router_groups(first) > 1:
+        with hidden(first, tuple(range(left))):
+            return
     kept = {layer.layer: tuple(range(left)) for layer in layers}
-    try:
-        check_keep(Keep(kept, first.n_experts, first.top_k), layers)
-    except PlanError as cause:
-        raise UnsupportedModelError(
-            f"experts of this model cannot be tried one by one: {cause}; use a criterion that "
-            "masks nothing, such as fisher or easy_ep"
-        ) from cause
+    check_keep(Keep(kept, first.n_experts, first.top_k), layers)
+
+
+@contextmanager
+def hidden(layer: MoeLayer, kept: Sequence[int] | None) -> Iterator[None]:
+    """Leaves a layer's router only some experts to choose, or all if None."""
+    if kept is None:
+        yield
+        return
+    with (layer_barred if router_groups(layer) > 1 else layer_masked)(layer, kept):
+        yield
 
 
 def inputs_of(model: Model, window: NDArray[np.int64], copies: int = 1) -> dict[str, Any]:
@@ -113,13 +120,16 @@ def finite(losses: Tensor, where: str) -> Tensor:
     DataError
         When one is not finite; `where` says on what.
     """
-    bad = losses[~losses.isfinite()]
-    if len(bad):
-        raise DataError(
-            f"the loss on {where} is {float(bad[0])}; look for NaN in the model's weights, or load "
-            "it as float32"
-        )
+    if not bool(losses.isfinite().all()):
+        raise not_finite(f"the loss on {where}")
     return losses
+
+
+def not_finite(what: str) -> DataError:
+    """The error of a model that computes NaN or infinity."""
+    return DataError(
+        f"{what} is not finite; look for NaN in the model's weights, or load it as float32"
+    )
 
 
 @contextmanager
