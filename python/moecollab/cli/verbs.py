@@ -11,6 +11,8 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.cli.comparing import compare
+from moecollab.cli.deciding import blend, plan
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -25,13 +27,9 @@ from moecollab.cli.options import (
     say_context,
     sums,
 )
+from moecollab.cli.options import say as _say
 from moecollab.cli.studies import sweep
 from moecollab.manifest import refuse_existing
-
-
-def _say(what: object) -> None:
-    """One line on stdout: what was made."""
-    typer.echo(" ".join(str(what).split()))
 
 
 def extract(  # noqa: PLR0913 (one parameter per option)
@@ -206,6 +204,9 @@ def score(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Option(help="Text for criteria that run the model")
     ] = None,
     collaboration: Annotated[Path | None, typer.Option(help="Folder made by fit")] = None,
+    domains: Annotated[
+        str | None, typer.Option(help="Domains of the text to score by: law,code")
+    ] = None,
     drop: Annotated[
         float, typer.Option(help="Share you mean to drop; sets CAEP's threshold")
     ] = 0.25,
@@ -224,29 +225,13 @@ def score(  # noqa: PLR0913 (one parameter per option)
         model=model,
         corpus=corpus,
         collaboration=collaboration,
+        domains=domains,
         drop=drop,
         tokens=tokens,
         seed=seed,
         out=out,
         overwrite=overwrite,
     )
-    _say(f"{out}: {found!r}")
-
-
-def plan(
-    scores: Annotated[Path, typer.Argument(help="File made by score")],
-    drop: Annotated[float, typer.Option(help="Share of the experts to drop, in [0, 1)")],
-    out: Out,
-    per: Annotated[
-        Literal["layer", "model"], typer.Option(help="The same share in each layer, or overall")
-    ] = "layer",
-    overwrite: Overwrite = False,
-) -> None:
-    """Decides which experts to drop.
-
-    Example: moecollab plan run/scores/caep.parquet --drop 0.25 --out run/plan.json
-    """
-    found = mc.plan(scores, drop=drop, per=per, out=out, overwrite=overwrite)
     _say(f"{out}: {found!r}")
 
 
@@ -367,10 +352,12 @@ VERBS: tuple[Callable[..., None], ...] = (
     sweep,
     mine,
     score,
+    blend,
     plan,
     mask,
     prune,
     evaluate,
+    compare,
     report,
     demo,
     criteria,

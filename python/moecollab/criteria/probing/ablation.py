@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from moecollab.criteria.base import Evidence
-from moecollab.criteria.probing.block import Block, first_of, record, without
+from moecollab.criteria.probing.block import Block, without
+from moecollab.criteria.probing.calls import first_of
 from moecollab.criteria.probing.probing import (
     FOREIGN,
     Model,
@@ -25,6 +26,7 @@ from moecollab.criteria.probing.probing import (
     losses_of,
     subject,
 )
+from moecollab.criteria.probing.reading import record
 from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.models.replay import instead
 from moecollab.models.routing import MoeLayer

@@ -18,7 +18,8 @@ from moecollab.errors import (
     SettingsError,
     UnsupportedModelError,
 )
-from moecollab.models.keep import Keep, check_keep, router_groups
+from moecollab.models.groups import router_groups
+from moecollab.models.keep import Keep, check_keep
 from moecollab.models.masked import layer_barred, layer_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 
@@ -61,8 +62,8 @@ def check_masks(layers: Sequence[MoeLayer], n_dropped: int) -> None:
             f"{n_dropped} of {first.n_experts} experts",
             f"such that no fewer than the {first.top_k} that a token chooses are left",
         )
-    if router_groups(first) > 1:
-        with hidden(first, tuple(range(left))):
+    if router_groups(first) is not None:
+        with hidden(first, tuple(range(left))):  # raises if the router has no bias to choose by
             return
     kept = {layer.layer: tuple(range(left)) for layer in layers}
     check_keep(Keep(kept, first.n_experts, first.top_k), layers)
@@ -74,7 +75,8 @@ def hidden(layer: MoeLayer, kept: Sequence[int] | None) -> Iterator[None]:
     if kept is None:
         yield
         return
-    with (layer_barred if router_groups(layer) > 1 else layer_masked)(layer, kept):
+    hide = layer_masked if router_groups(layer) is None else layer_barred
+    with hide(layer, kept):
         yield
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from moecollab.criteria.base import Evidence
 from moecollab.criteria.pairs import rank_by_fall
-from moecollab.criteria.probing.block import Block, blocks_of, without
+from moecollab.criteria.probing.block import Block, without
 from moecollab.criteria.probing.probing import check_masks, subject
+from moecollab.criteria.probing.reading import blocks_of
 from moecollab.progress import Bar, track
 
 SUBSETS = 500
