@@ -16,6 +16,7 @@ NOT_ON_THE_COMMAND_LINE = {
     "extract": {"tokenizer"},
     "compare": {"tokenizer", "fits", "probe_tokens"},
     "evaluate": {"tokenizer", "name"},
+    "iterate": {"hsdl", "tokenizer"},
     "mine": {"n_experts"},
     "report": {"activations", "collaboration", "scores", "plan", "evaluations"},
 }

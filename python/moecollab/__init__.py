@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
     from moecollab.pruning.blending import blend
+    from moecollab.pruning.iteration import iterate
     from moecollab.pruning.planning import plan
     from moecollab.pruning.plans import Plan, load_plan
     from moecollab.pruning.pruning import prune
@@ -59,6 +60,7 @@ _HOME = {
     "evaluate": "evaluation.evaluation",
     "extract": "record.extraction",
     "import_routing": "record.imports.importing",
+    "iterate": "pruning.iteration",
     "load_activations": "record.activations",
     "load_collaboration": "patterns.dictionary",
     "load_comparison": "evaluation.comparing.comparison",
@@ -98,6 +100,7 @@ __all__ = [
     "evaluate",
     "extract",
     "import_routing",
+    "iterate",
     "load_activations",
     "load_collaboration",
     "load_comparison",

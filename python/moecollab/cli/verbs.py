@@ -28,6 +28,7 @@ from moecollab.cli.options import (
     sums,
 )
 from moecollab.cli.options import say as _say
+from moecollab.cli.rounds import iterate
 from moecollab.cli.studies import sweep
 from moecollab.manifest import refuse_existing
 
@@ -356,6 +357,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     agreement,
     blend,
     plan,
+    iterate,
     mask,
     prune,
     evaluate,
