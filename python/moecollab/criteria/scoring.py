@@ -108,7 +108,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         evidence = _with_runs(evidence, shape, model, corpus, tokens)
     scores = Scores(
         criterion=criterion,
-        values=_checked(chosen, chosen.function(evidence), evidence.shape),
+        values=_checked(chosen, _values(chosen, evidence), evidence.shape),
         counts=evidence.tallies.count.astype(np.int64),
         layers=shape.layers,
         top_k=shape.top_k,
@@ -221,7 +221,21 @@ def _with_runs(
     loaded, tokenizer = load_model(model)
     check_same(shape, Shape.of_model(find_moe_layers(loaded)))
     probe = read_probe(corpus, loaded, tokenizer, tokens, evidence.seed)
-    return replace(evidence, model=loaded.eval(), probe=probe)
+    return replace(evidence, model=loaded, probe=probe)
+
+
+def _values(criterion: Criterion, evidence: Evidence) -> NDArray[np.float64]:
+    """What the criterion gives, with the model in evaluation mode meanwhile."""
+    model = evidence.model
+    if model is None or not model.training:
+        return criterion.function(evidence)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return criterion.function(evidence)
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _settings(
