@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from moecollab.pruning.planning import plan
     from moecollab.pruning.plans import Plan, load_plan
     from moecollab.pruning.pruning import prune
+    from moecollab.pruning.rankings import agreement
+    from moecollab.pruning.resampling import uncertainty
     from moecollab.record.activations import Activations, load_activations
     from moecollab.record.counts import RoutingCounts, load_counts
     from moecollab.record.extraction import extract
@@ -51,6 +53,7 @@ _HOME = {
     "Scores": "criteria.scores",
     "compare": "evaluation.comparing.running",
     "comparison_figure": "reporting.figures.comparisons",
+    "agreement": "pruning.rankings",
     "blend": "pruning.blending",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
@@ -74,6 +77,7 @@ _HOME = {
     "score": "criteria.scoring",
     "stability": "patterns.stability",
     "sweep_figure": "reporting.figures.sweeps",
+    "uncertainty": "pruning.resampling",
 }
 
 __all__ = [
@@ -86,6 +90,7 @@ __all__ = [
     "Plan",
     "RoutingCounts",
     "Scores",
+    "agreement",
     "blend",
     "compare",
     "comparison_figure",
@@ -111,6 +116,7 @@ __all__ = [
     "score",
     "stability",
     "sweep_figure",
+    "uncertainty",
 ]
 
 

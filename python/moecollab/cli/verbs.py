@@ -12,7 +12,7 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
-from moecollab.cli.deciding import blend, plan
+from moecollab.cli.deciding import agreement, blend, plan, uncertainty
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -352,6 +352,8 @@ VERBS: tuple[Callable[..., None], ...] = (
     sweep,
     mine,
     score,
+    uncertainty,
+    agreement,
     blend,
     plan,
     mask,
