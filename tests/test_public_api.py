@@ -17,7 +17,6 @@ NOT_ON_THE_COMMAND_LINE = {
     "compare": {"tokenizer", "fits", "probe_tokens"},
     "evaluate": {"tokenizer", "name"},
     "mine": {"n_experts"},
-    "plan": {"keep"},
     "report": {"activations", "collaboration", "scores", "plan", "evaluations"},
 }
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from moecollab.errors import DataError, MissingInputError, OutputExistsError, StaleInputError
 from moecollab.evaluation.differences import differences
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
-from moecollab.pruning.planning import load_plan
+from moecollab.pruning.plans import load_plan
 from moecollab.reporting import numbers
 from moecollab.reporting.costs import costs_of
 from moecollab.reporting.expert_use import ExpertUse

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from moecollab.patterns.mined import Mined, load_mined
     from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
-    from moecollab.pruning.planning import Plan, load_plan, plan
+    from moecollab.pruning.planning import plan
+    from moecollab.pruning.plans import Plan, load_plan
     from moecollab.pruning.pruning import prune
     from moecollab.record.activations import Activations, load_activations
     from moecollab.record.counts import RoutingCounts, load_counts
@@ -44,7 +45,7 @@ _HOME = {
     "Evaluation": "evaluation.evaluation",
     "HSDL": "patterns.dictionary",
     "Mined": "patterns.mined",
-    "Plan": "pruning.planning",
+    "Plan": "pruning.plans",
     "RoutingCounts": "record.counts",
     "Scores": "criteria.scores",
     "compare": "evaluation.comparing.running",
@@ -59,7 +60,7 @@ _HOME = {
     "load_counts": "record.counts",
     "load_evaluation": "evaluation.evaluation",
     "load_mined": "patterns.mined",
-    "load_plan": "pruning.planning",
+    "load_plan": "pruning.plans",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
     "match_atoms": "patterns.stability",

@@ -19,6 +19,11 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Batch = Annotated[int, typer.Option(help="Windows run at once")]
 
 
+def say(what: object) -> None:
+    """One line on stdout: what was made."""
+    typer.echo(" ".join(str(what).split()))
+
+
 def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     """Whole numbers between commas."""
     if text is None:

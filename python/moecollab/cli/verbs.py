@@ -12,6 +12,7 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
+from moecollab.cli.deciding import plan
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -26,13 +27,9 @@ from moecollab.cli.options import (
     say_context,
     sums,
 )
+from moecollab.cli.options import say as _say
 from moecollab.cli.studies import sweep
 from moecollab.manifest import refuse_existing
-
-
-def _say(what: object) -> None:
-    """One line on stdout: what was made."""
-    typer.echo(" ".join(str(what).split()))
 
 
 def extract(  # noqa: PLR0913 (one parameter per option)
@@ -231,23 +228,6 @@ def score(  # noqa: PLR0913 (one parameter per option)
         out=out,
         overwrite=overwrite,
     )
-    _say(f"{out}: {found!r}")
-
-
-def plan(
-    scores: Annotated[Path, typer.Argument(help="File made by score")],
-    drop: Annotated[float, typer.Option(help="Share of the experts to drop, in [0, 1)")],
-    out: Out,
-    per: Annotated[
-        Literal["layer", "model"], typer.Option(help="The same share in each layer, or overall")
-    ] = "layer",
-    overwrite: Overwrite = False,
-) -> None:
-    """Decides which experts to drop.
-
-    Example: moecollab plan run/scores/caep.parquet --drop 0.25 --out run/plan.json
-    """
-    found = mc.plan(scores, drop=drop, per=per, out=out, overwrite=overwrite)
     _say(f"{out}: {found!r}")
 
 

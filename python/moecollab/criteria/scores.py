@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moecollab.errors import DataError, SchemaError, ShapeError
 from moecollab.manifest import check_manifest, manifest, write_bytes
+from moecollab.models.groups import RouterGroups, groups_from_json
 
 KIND, FORMAT = "scores", 1
 COLUMNS = {"layer": pl.UInt32, "expert": pl.UInt16, "score": pl.Float64, "count": pl.Int64}
@@ -41,6 +42,8 @@ class Scores:
         Digest of the activations they were computed from, if there were any.
     settings : mapping
         What else they depend on, such as the seed.
+    groups : RouterGroups, optional
+        Groups that the routers choose among, of which plans must keep equal numbers.
     """
 
     criterion: str
@@ -50,6 +53,7 @@ class Scores:
     top_k: int
     activations: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    groups: RouterGroups | None = None
 
     def __post_init__(self) -> None:
         """Checks shapes and finiteness, and makes the arrays read-only."""
@@ -125,6 +129,8 @@ class Scores:
         inputs = {} if self.activations is None else {"activations": self.activations}
         about = manifest(KIND, FORMAT, settings=self.settings, inputs=inputs)
         about |= {"criterion": self.criterion, "top_k": self.top_k}
+        if self.groups is not None:
+            about["router_groups"] = self.groups.as_json()
         buffer = io.BytesIO()
         self.table().write_parquet(buffer, metadata={"moecollab": json.dumps(about)})
         write_bytes(Path(path), buffer.getvalue(), overwrite=overwrite)
@@ -162,6 +168,7 @@ def load_scores(path: str | PathLike[str]) -> Scores:
             top_k=int(about["top_k"]),
             activations=about["inputs"].get("activations"),
             settings=about["settings"],
+            groups=groups_from_json(about.get("router_groups")),
         )
     except (KeyError, TypeError, ValueError) as cause:
         raise DataError(f"{file} is incomplete ({cause}); score again") from cause

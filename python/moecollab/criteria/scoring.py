@@ -21,6 +21,7 @@ from moecollab.record.counts import RoutingCounts, open_recorded
 from moecollab.record.tallies import Tallies
 
 if TYPE_CHECKING:
+    from moecollab.models.groups import RouterGroups
     from moecollab.models.loading import ModelLike
     from moecollab.models.weights import ExpertWeights
     from moecollab.patterns.dictionary import Collaboration
@@ -107,6 +108,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         top_k=shape.top_k,
         activations=None if acts is None else acts.digest(),
         settings=_settings(chosen, evidence, model),
+        groups=_groups(acts, weights),
     )
     if out is not None:
         scores.save(out, overwrite=overwrite)
@@ -159,6 +161,17 @@ def _shape(acts: Activations | RoutingCounts | None, weights: ExpertWeights | No
             "for criteria that read no text (--model)"
         )
     return found
+
+
+def _groups(
+    acts: Activations | RoutingCounts | None, weights: ExpertWeights | None
+) -> RouterGroups | None:
+    """Groups of the routers, from the recording or else from the model."""
+    if weights is not None:
+        from moecollab.models.groups import router_groups
+
+        return router_groups(weights.layers[0])
+    return None if acts is None else acts.router_groups
 
 
 def _sums(acts: Activations | RoutingCounts | None, shape: Shape) -> tuple[Tallies, Tallies | None]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import manifest
+from moecollab.models.groups import router_groups
 from moecollab.models.loading import ModelLike
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.progress import Bar, say
@@ -165,6 +166,9 @@ class Run:
         counts = [layer.n_experts for layer in self.layers]
         if len(set(counts)) > 1:
             described["model"]["experts_per_layer"] = counts
+        groups = router_groups(self.layers[0])
+        if groups is not None:
+            described["model"]["router_groups"] = groups.as_json()
         renormalised = getattr(self.config, "norm_topk_prob", None)
         if renormalised is not None:
             described["model"]["norm_topk"] = bool(renormalised)

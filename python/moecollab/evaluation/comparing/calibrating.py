@@ -17,7 +17,9 @@ from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
 from moecollab.evaluation.comparing.grid import Entry, Grid
 from moecollab.patterns.dictionary import Collaboration, load_collaboration
-from moecollab.pruning.planning import Per, Plan, plan
+from moecollab.pruning.budgets import Per
+from moecollab.pruning.planning import plan
+from moecollab.pruning.plans import Plan
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.extraction import extract
 

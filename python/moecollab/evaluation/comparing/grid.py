@@ -12,7 +12,7 @@ from moecollab import criteria
 from moecollab.criteria.base import Criterion, Needs
 from moecollab.errors import DataError, SettingsError
 from moecollab.patterns.dictionary import HSDL
-from moecollab.pruning.planning import Per
+from moecollab.pruning.budgets import Per
 from moecollab.record.corpus import Corpus
 
 DEFAULT = ("reap", "reap_sum", "easy_ep", "ean_mean", "gate_sum", "caep", "random")

@@ -14,7 +14,7 @@ from moecollab.models.keep import Keep, read_keep
 from moecollab.models.masked import Mask
 
 if TYPE_CHECKING:
-    from moecollab.pruning.planning import Plan
+    from moecollab.pruning.plans import Plan
 
 FULL = "full"
 """Name of the model without a mask."""

@@ -24,7 +24,8 @@ from moecollab.progress import track
 from moecollab.record.corpus import Corpus, Source, read_corpus
 
 if TYPE_CHECKING:
-    from moecollab.pruning.planning import Per, Plan
+    from moecollab.pruning.budgets import Per
+    from moecollab.pruning.plans import Plan
 
 KIND, FORMAT = "comparison", 1
 
