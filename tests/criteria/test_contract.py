@@ -38,7 +38,16 @@ UNCHANGED = (
 )
 """Criteria that a text read twice does not change."""
 
-TWICE = ("frequency", "gate_sum", "soft_routing", "ean_sum", "reap_sum", "easy_ep", "shapley")
+TWICE = (
+    "frequency",
+    "gate_sum",
+    "soft_routing",
+    "ean_sum",
+    "reap_sum",
+    "easy_ep",
+    "shapley",
+    "coverage",
+)
 """Criteria that a text read twice doubles."""
 
 NOT_RECORDED = tuple(
@@ -133,7 +142,7 @@ def test_cutting_the_table_into_batches_changes_nothing(name, recorded, collabor
     np.testing.assert_allclose(first, second, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["shapley", "ranked_choice"])
+@pytest.mark.parametrize("name", ["shapley", "ranked_choice", "coverage"])
 def test_order_of_tokens_changes_nothing(name, scored, recorded, tmp_path):
     """Within a sample, since samples are in order in a recording."""
     shuffled = np.lexsort((np.random.default_rng(0).random(len(recorded.sample)), recorded.sample))
