@@ -61,14 +61,6 @@ experts.
 | --- | --- |
 {known}
 
-## Not here
-
-- **EAO** of MC-Suite counts outputs outside mean ± 3 standard deviations of their channel. The mean
-  must be known before anything can be counted, so it takes two passes over the text, and counts of
-  shards with means of their own do not add up. The paper names others as its best.
-- **EAS** of MC-Suite and all that compares experts' outputs on the same tokens needs every expert
-  to run on every token, which no recording of a model's own pass holds.
-
 ## Your own
 
 A function from evidence to float64 scores of shape (n_layers, n_experts), and its needs: `score`,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moecollab.patterns.mined import Mined, load_mined
     from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
+    from moecollab.pruning.blending import blend
     from moecollab.pruning.planning import plan
     from moecollab.pruning.plans import Plan, load_plan
     from moecollab.pruning.pruning import prune
@@ -50,6 +51,7 @@ _HOME = {
     "Scores": "criteria.scores",
     "compare": "evaluation.comparing.running",
     "comparison_figure": "reporting.figures.comparisons",
+    "blend": "pruning.blending",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
     "extract": "record.extraction",
@@ -84,6 +86,7 @@ __all__ = [
     "Plan",
     "RoutingCounts",
     "Scores",
+    "blend",
     "compare",
     "comparison_figure",
     "coverage",

@@ -55,7 +55,7 @@ NOT_RECORDED = tuple(
 )
 """Criteria that read a model, or nothing."""
 
-RANKED = ("caep", "caep_composed", "ecc", "ets", "ranked_choice")
+RANKED = ("caep", "caep_composed", "ecc", "ets", "naee", "ranked_choice")
 """Criteria that order experts, of equals by id."""
 
 OF_SUMS = tuple(
@@ -112,7 +112,9 @@ def test_relabelled_experts_get_relabelled_scores(scored, name, recorded, tmp_pa
     order = [3, 5, 0, 1, 4, 2]
     other = recorded.relabelled(order).save(tmp_path / "other")
     found = scored(name, other, _relabelled_model(order))
-    np.testing.assert_allclose(found.values, scored(name).values[:, order], rtol=1e-6, atol=1e-9)
+    runs = Needs.MODEL in criteria.get(name).needs  # its sums over experts round by their order
+    close = {"rtol": 1e-4, "atol": 1e-6} if runs else {"rtol": 1e-6, "atol": 1e-9}
+    np.testing.assert_allclose(found.values, scored(name).values[:, order], **close)
 
 
 def _relabelled_model(order):

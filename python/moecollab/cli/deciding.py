@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 import moecollab as mc
-from moecollab.cli.options import Out, Overwrite, say
+from moecollab.cli.options import Out, Overwrite, decimals, say
 
 
 def plan(  # noqa: PLR0913 (one parameter per option)
@@ -68,4 +68,26 @@ def plan(  # noqa: PLR0913 (one parameter per option)
         out=out,
         overwrite=overwrite,
     )
+    say(f"{out}: {found!r}")
+
+
+def blend(
+    scores: Annotated[list[Path], typer.Argument(help="Files made by score, one per domain")],
+    out: Out,
+    how: Annotated[
+        Literal["sum", "fair"], typer.Option(help="Add shares; or raise the worst domain's")
+    ] = "sum",
+    weights: Annotated[str | None, typer.Option(help="A weight per file, for sum: 1,1,0.5")] = None,
+    drop: Annotated[
+        float | None, typer.Option(help="Share of the experts that you mean to drop, for fair")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Puts scores of several domains together.
+
+    Example: moecollab blend run/scores/law.parquet run/scores/code.parquet --how fair --drop 0.5
+    --out run/scores/both.parquet
+    """
+    chosen = None if weights is None else decimals("weights", weights)
+    found = mc.blend(scores, how=how, weights=chosen, drop=drop, out=out, overwrite=overwrite)
     say(f"{out}: {found!r}")

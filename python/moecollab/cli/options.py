@@ -34,6 +34,14 @@ def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         raise SettingsError(name, text, "whole numbers between commas, such as 64,128") from cause
 
 
+def decimals(name: str, text: str) -> list[float]:
+    """Numbers between commas."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as cause:
+        raise SettingsError(name, text, "numbers between commas, such as 100,300") from cause
+
+
 def sums(asked: str) -> list[str]:
     """Names of sums, with those that criteria need in place of their names."""
     from moecollab.criteria import collects, names

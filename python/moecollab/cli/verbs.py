@@ -12,7 +12,7 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
-from moecollab.cli.deciding import plan
+from moecollab.cli.deciding import blend, plan
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -204,6 +204,9 @@ def score(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Option(help="Text for criteria that run the model")
     ] = None,
     collaboration: Annotated[Path | None, typer.Option(help="Folder made by fit")] = None,
+    domains: Annotated[
+        str | None, typer.Option(help="Domains of the text to score by: law,code")
+    ] = None,
     drop: Annotated[
         float, typer.Option(help="Share you mean to drop; sets CAEP's threshold")
     ] = 0.25,
@@ -222,6 +225,7 @@ def score(  # noqa: PLR0913 (one parameter per option)
         model=model,
         corpus=corpus,
         collaboration=collaboration,
+        domains=domains,
         drop=drop,
         tokens=tokens,
         seed=seed,
@@ -348,6 +352,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     sweep,
     mine,
     score,
+    blend,
     plan,
     mask,
     prune,

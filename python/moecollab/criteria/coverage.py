@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moecollab.criteria.base import Criterion, Evidence, Needs
 from moecollab.errors import MissingInputError
-from moecollab.patterns.collaboration import Collaboration, Level
+from moecollab.patterns.collaboration import Collaboration
 from moecollab.record.activations import Activations
 from moecollab.record.rows import Rows
 
@@ -102,16 +102,57 @@ def pattern_rows(evidence: Evidence, number: int = 0) -> Rows:
     Returns
     -------
     Rows
-        A row for each live atom, then one for each site; columns add up to Σ_t g ‖f‖.
+        A row for each atom, then one for each site; columns add up to Σ_t g ‖f‖.
     """
-    collab, output = _collaboration(evidence), evidence.tallies["sum_weighted_norm"].ravel()
-    atom, site, drawn = _drawn(collab.levels[number])
-    explained = np.bincount(site, drawn, collab.n_sites)
-    fitted = np.maximum(_fitted_sums(collab, _activations(evidence)), explained)
-    share: NDArray[np.float64] = np.zeros(len(fitted))
-    np.divide(output, fitted, out=share, where=fitted > 0)
+    level = _collaboration(evidence).levels[number]
+    total = np.zeros(level.atoms.shape[1])
+    for rows in fitted_rows(evidence):
+        total += np.bincount(rows.sites, rows.values, rows.n_sites)
+    usage = np.where(level.peak > 0, level.usage, 0.0)
+    output = evidence.tallies["sum_weighted_norm"].ravel()
+    return explained_rows(level.atoms, usage, total, output)
+
+
+def fitted_rows(evidence: Evidence) -> Iterator[Rows]:
+    """The rows that the patterns were fitted to, block by block where they are tokens."""
+    acts, settings = _activations(evidence), _collaboration(evidence).settings
+    if settings["rows"] == "token":
+        return acts.token_blocks(settings["weights"])
+    return iter([acts.rows(settings["rows"], settings["weights"])])
+
+
+def explained_rows(
+    atoms: NDArray[np.float32],
+    usage: NDArray[np.float64],
+    fitted: NDArray[np.float64],
+    output: NDArray[np.float64],
+) -> Rows:
+    """What atoms draw from each site in other units than they were fitted in, then what is left.
+
+    Parameters
+    ----------
+    atoms : float32 array of shape (n_atoms, n_sites)
+        Strengths.
+    usage : float64 array of shape (n_atoms,)
+        Total code of each atom.
+    fitted : float64 array of shape (n_sites,)
+        What the atoms were to explain, in their units.
+    output : float64 array of shape (n_sites,)
+        The same in the units wanted.
+
+    Returns
+    -------
+    Rows
+        A row for each atom, then one for each site; columns add up to `output`.
+    """
+    n_atoms, n_sites = atoms.shape
+    atom, site = np.nonzero(atoms)
+    drawn = atoms[atom, site] * usage[atom]
+    explained = np.bincount(site, drawn, n_sites)
+    whole = np.maximum(fitted, explained)
+    share: NDArray[np.float64] = np.zeros(n_sites)
+    np.divide(output, whole, out=share, where=whole > 0)
     left = np.maximum(output - explained * share, 0)
-    n_atoms, n_sites = collab.levels[number].atoms.shape
     lengths = np.concatenate([np.bincount(atom, minlength=n_atoms), np.ones(n_sites, np.int64)])
     return Rows(
         np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
@@ -120,28 +161,6 @@ def pattern_rows(evidence: Evidence, number: int = 0) -> Rows:
         np.arange(len(lengths), dtype=np.uint32),
         n_sites,
     )
-
-
-def _drawn(level: Level) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Atom, site and D(a, s) usage_a of every strength of a live atom."""
-    atom, site = np.nonzero(level.atoms * (level.peak > 0)[:, None])
-    return atom, site, level.atoms[atom, site] * level.usage[atom]
-
-
-def _fitted_sums(collab: Collaboration, acts: Activations) -> NDArray[np.float64]:
-    """Sum of every site over the rows that were fitted: float64 (n_sites,)."""
-    total = np.zeros(acts.n_sites)
-    for rows in _fitted_rows(collab, acts):
-        total += np.bincount(rows.sites, rows.values, acts.n_sites)
-    return total
-
-
-def _fitted_rows(collab: Collaboration, acts: Activations) -> Iterator[Rows]:
-    """The rows that were fitted, block by block where they are tokens."""
-    grain, weights = collab.settings["rows"], collab.settings["weights"]
-    if grain == "token":
-        return acts.token_blocks(weights)
-    return iter([acts.rows(grain, weights)])
 
 
 def _activations(evidence: Evidence) -> Activations:
