@@ -114,7 +114,9 @@ def variants() -> None:
     """Registers the criteria that are studied but not shipped."""
     path = Path(__file__).with_name("pattern_variants.py")
     spec = importlib.util.spec_from_file_location("pattern_variants", path)
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.register_variants()
 
 
 @app.command()
