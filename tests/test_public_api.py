@@ -16,6 +16,7 @@ NOT_ON_THE_COMMAND_LINE = {
     "extract": {"tokenizer"},
     "compare": {"tokenizer", "fits", "probe_tokens"},
     "evaluate": {"tokenizer", "name"},
+    "iterate": {"hsdl", "tokenizer"},
     "mine": {"n_experts"},
     "report": {"activations", "collaboration", "scores", "plan", "evaluations"},
 }
@@ -35,7 +36,20 @@ def test_unknown_name_is_an_attribute_error():
 
 @pytest.mark.parametrize(
     "name",
-    ["extract", "mine", "score", "blend", "plan", "mask", "prune", "evaluate", "compare", "report"],
+    [
+        "extract",
+        "mine",
+        "score",
+        "uncertainty",
+        "agreement",
+        "blend",
+        "plan",
+        "mask",
+        "prune",
+        "evaluate",
+        "compare",
+        "report",
+    ],
 )
 def test_commands_have_the_options_of_the_verbs(name):
     api = set(inspect.signature(getattr(mc, name)).parameters)
@@ -61,7 +75,18 @@ def test_fit_has_the_settings_of_hsdl():
 
 
 def test_defaults_agree():
-    for name in ("extract", "mine", "score", "blend", "plan", "mask", "prune", "evaluate"):
+    for name in (
+        "extract",
+        "mine",
+        "score",
+        "uncertainty",
+        "agreement",
+        "blend",
+        "plan",
+        "mask",
+        "prune",
+        "evaluate",
+    ):
         api = inspect.signature(getattr(mc, name)).parameters
         for option, parameter in inspect.signature(getattr(verbs, name)).parameters.items():
             if parameter.default is not inspect.Parameter.empty and option != "tasks":

@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
     from moecollab.pruning.blending import blend
+    from moecollab.pruning.iteration import iterate
     from moecollab.pruning.planning import plan
     from moecollab.pruning.plans import Plan, load_plan
     from moecollab.pruning.pruning import prune
+    from moecollab.pruning.rankings import agreement
+    from moecollab.pruning.resampling import uncertainty
     from moecollab.record.activations import Activations, load_activations
     from moecollab.record.counts import RoutingCounts, load_counts
     from moecollab.record.extraction import extract
@@ -51,11 +54,13 @@ _HOME = {
     "Scores": "criteria.scores",
     "compare": "evaluation.comparing.running",
     "comparison_figure": "reporting.figures.comparisons",
+    "agreement": "pruning.rankings",
     "blend": "pruning.blending",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
     "extract": "record.extraction",
     "import_routing": "record.imports.importing",
+    "iterate": "pruning.iteration",
     "load_activations": "record.activations",
     "load_collaboration": "patterns.dictionary",
     "load_comparison": "evaluation.comparing.comparison",
@@ -74,6 +79,7 @@ _HOME = {
     "score": "criteria.scoring",
     "stability": "patterns.stability",
     "sweep_figure": "reporting.figures.sweeps",
+    "uncertainty": "pruning.resampling",
 }
 
 __all__ = [
@@ -86,6 +92,7 @@ __all__ = [
     "Plan",
     "RoutingCounts",
     "Scores",
+    "agreement",
     "blend",
     "compare",
     "comparison_figure",
@@ -93,6 +100,7 @@ __all__ = [
     "evaluate",
     "extract",
     "import_routing",
+    "iterate",
     "load_activations",
     "load_collaboration",
     "load_comparison",
@@ -111,6 +119,7 @@ __all__ = [
     "score",
     "stability",
     "sweep_figure",
+    "uncertainty",
 ]
 
 

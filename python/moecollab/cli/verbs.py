@@ -12,7 +12,7 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
-from moecollab.cli.deciding import blend, plan
+from moecollab.cli.deciding import agreement, blend, plan, uncertainty
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -28,6 +28,7 @@ from moecollab.cli.options import (
     sums,
 )
 from moecollab.cli.options import say as _say
+from moecollab.cli.rounds import iterate
 from moecollab.cli.studies import sweep
 from moecollab.manifest import refuse_existing
 
@@ -352,8 +353,11 @@ VERBS: tuple[Callable[..., None], ...] = (
     sweep,
     mine,
     score,
+    uncertainty,
+    agreement,
     blend,
     plan,
+    iterate,
     mask,
     prune,
     evaluate,

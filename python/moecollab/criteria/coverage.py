@@ -26,7 +26,7 @@ def coverage(evidence: Evidence, /) -> NDArray[np.float64]:
     Needs: output norms, tokens
     Direction: higher is kept
     Cost: O(n_layers n_tokens top_k) numbers in memory, and as many operations for each time that
-        all sites are looked at again, lazily; 0.3 s for 8,192 tokens of 58 layers × 256 experts
+        all sites are looked at again, lazily; 0.4 s for 8,192 tokens of 58 layers × 256 experts
     Source: ours, near the maximisation of submodular coverage by greedy removal, evaluated lazily
         as by Minoux 1978; with p = 1 it is ``reap_sum``
     Not defined when: never; an expert without tokens scores 0
@@ -145,19 +145,20 @@ def explained_rows(
     Rows
         A row for each atom, then one for each site; columns add up to `output`.
     """
-    n_atoms, n_sites = atoms.shape
-    atom, site = np.nonzero(atoms)
-    drawn = atoms[atom, site] * usage[atom]
-    explained = np.bincount(site, drawn, n_sites)
+    n_sites = atoms.shape[1]
+    explained = usage @ atoms
     whole = np.maximum(fitted, explained)
     share: NDArray[np.float64] = np.zeros(n_sites)
     np.divide(output, whole, out=share, where=whole > 0)
-    left = np.maximum(output - explained * share, 0)
-    lengths = np.concatenate([np.bincount(atom, minlength=n_atoms), np.ones(n_sites, np.int64)])
+    left = np.maximum(output - explained * share, 0).astype(np.float32)
+    drawn = atoms * usage.astype(np.float32)[:, None] * share.astype(np.float32)
+    # As compressed rows by masks: looking for the places takes far longer where atoms are full.
+    held, site = drawn > 0, np.arange(n_sites, dtype=np.uint32)
+    lengths = np.concatenate([held.sum(axis=1), np.ones(n_sites, np.int64)])
     return Rows(
         np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        np.concatenate([site, np.arange(n_sites)]).astype(np.uint32),
-        np.concatenate([drawn * share[site], left]).astype(np.float32),
+        np.concatenate([np.broadcast_to(site, atoms.shape)[held], site]),
+        np.concatenate([drawn[held], left]),
         np.arange(len(lengths), dtype=np.uint32),
         n_sites,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,14 +112,14 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         _check_made_for(found, drop, _SAME)
     protected = read_sites("keep", keep, found)
     known = _groups(found, groups)
-    allocation = Allocation(
-        budget=budget,
-        scores=found,
-        units=_units(found, protected, doomed, known, floor),
+    gone = decide(
+        replace(found, groups=known),
+        budget,
+        protected=protected,
+        doomed=doomed,
         footprint=_footprint(model) if memory_gb is not None else None,
         similarity=_matrices(similarity),
     )
-    gone = allocation.units.gone(allocation.n_gone())
     went = float(gone.mean()) if drop is None else drop
     _check_made_for(found, went, 0.5 / found.n_experts)
     made = Plan(
@@ -133,10 +134,46 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         activations=found.activations,
         budget=None if budget == Budget(drop=drop, per=per) and drop is not None else budget,
         groups=known,
+        sureness=_sureness(found, budget, ~gone) if not protected and not doomed else None,
     )
     if out is not None:
         made.save(out, overwrite=overwrite)
     return made
+
+
+def decide(
+    scores: Scores,
+    budget: Budget,
+    *,
+    protected: Sites | None = None,
+    doomed: Sites | None = None,
+    footprint: Footprint | None = None,
+    similarity: NDArray[np.float64] | None = None,
+) -> NDArray[np.bool_]:
+    """Which experts go under a budget: bool array of shape (n_layers, n_experts).
+
+    The arguments are those of :func:`plan`, read and checked.
+
+    Raises
+    ------
+    PlanError
+        When the budget cannot be met.
+    """
+    allocation = Allocation(
+        budget=budget,
+        scores=scores,
+        units=_units(scores, protected or {}, doomed or {}, scores.groups, budget.floor),
+        footprint=footprint,
+        similarity=similarity,
+    )
+    return allocation.units.gone(allocation.n_gone())
+
+
+def _sureness(scores: Scores, budget: Budget, kept: NDArray[np.bool_]) -> float | None:
+    """How probable it is that those who stay stay, if the scores know it for this budget."""
+    if scores.spread is None or scores.spread.budget != budget.as_json():
+        return None
+    return float(scores.spread.kept_probability[kept].mean())
 
 
 def _check_made_for(scores: Scores, drop: float, near: float) -> None:

@@ -50,6 +50,9 @@ class Plan:
         What was asked for, if it was not `drop` alone.
     groups : RouterGroups, optional
         Groups that the routers choose among, which keep equal numbers of experts.
+    sureness : float, optional
+        Probability that an expert that stays would stay if the documents were others like them,
+        mean over those that stay; known from scores with a spread under the same budget.
     """
 
     keep: dict[int, tuple[int, ...]]
@@ -63,6 +66,7 @@ class Plan:
     activations: str | None = None
     budget: Budget | None = None
     groups: RouterGroups | None = None
+    sureness: float | None = None
 
     def __post_init__(self) -> None:
         """Checks that the plan can be carried out."""
@@ -140,6 +144,7 @@ class Plan:
             drop=n_gone / units.n_units,
             per="layer",
             budget=None,
+            sureness=None,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -157,6 +162,7 @@ class Plan:
                 "top_k": self.top_k,
                 "scores": None if self.scores is None else self.scores.tolist(),
             }
+            | ({} if self.sureness is None else {"sureness": self.sureness})
             | ({} if self.groups is None else {"router_groups": self.groups.as_json()})
         )
 
@@ -167,9 +173,12 @@ class Plan:
     def __repr__(self) -> str:
         counts = sorted(len(kept) for kept in self.keep.values())
         spread = f"{counts[0]}" if self.uniform else f"{counts[0]} to {counts[-1]}"
+        sure = (
+            "" if self.sureness is None else f"; they stay in {100 * self.sureness:.0f} % of draws"
+        )
         return (
             f"Plan({self.criterion}, per {self.per}: drops {self.n_dropped} of {self.n_sites} "
-            f"experts, keeps {spread} of {self.n_experts} in each of {len(self.keep)} layers)"
+            f"experts, keeps {spread} of {self.n_experts} in each of {len(self.keep)} layers{sure})"
         )
 
 
@@ -198,6 +207,7 @@ def plan_from_json(found: Mapping[str, Any], where: str) -> Plan:
             activations=found["inputs"].get("activations"),
             budget=None if budget is None else Budget.from_json(budget),
             groups=groups_from_json(found.get("router_groups")),
+            sureness=found.get("sureness"),
         )
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as cause:
         if isinstance(cause, PlanError | DataError | SettingsError):
