@@ -103,7 +103,8 @@ impl Loss {
     /// The lost share before and after an entry goes.
     fn around(&self, entry: Entry) -> (f64, f64) {
         let value = f64::from(entry.value);
-        (self.share, self.share + value * self.inverse)
+        // A share a hair above 1 would be anything to a large power.
+        (self.share, (self.share + value * self.inverse).min(1.0))
     }
 }
 
@@ -287,6 +288,14 @@ mod tests {
         let dense = vec![vec![1.0, 1.0, 0.0, 0.0], vec![0.0, 0.0, 1.2, 1.2]];
         assert_eq!(order(&dense, &[1.0; 2], 1.0).order, [1, 0, 3, 2]);
         assert_eq!(order(&dense, &[1.0; 2], 2.0).order, [1, 3, 0, 2]);
+    }
+
+    #[test]
+    fn huge_powers_hurt_when_all_is_lost() {
+        let dense = vec![vec![0.5, 4.4e15]];
+        let found = order(&dense, &[1.0], 3e18);
+        assert_eq!(found.order, [0, 1]);
+        assert!(found.damage[0].abs() < 1e-9 && (found.damage[1] / 4.4e15 - 1.0).abs() < 1e-6);
     }
 
     #[test]

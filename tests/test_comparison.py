@@ -115,8 +115,8 @@ def stop_after(patch, n):
 
 def test_another_run_in_the_same_folder_is_refused(made, folder):
     _, out = made
-    with pytest.raises(StaleInputError, match="another drops"):
-        run(folder, out, drops=(0.5,))
+    with pytest.raises(StaleInputError, match="another share"):
+        run(folder, out, share=0.7)
     with pytest.raises(StaleInputError, match="another held_out"):
         mc.compare(
             folder,
@@ -129,6 +129,20 @@ def test_another_run_in_the_same_folder_is_refused(made, folder):
             per=("layer", "model"),
             seeds=2,
         )
+
+
+def test_a_run_can_be_extended(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, out, criteria=("reap",), seeds=1, drops=(0.25,))
+    done = {path: path.stat().st_mtime_ns for path in (out / "measured").iterdir()}
+    found = run(folder, out, criteria=("reap", "frequency"), seeds=2, drops=(0.25, 0.5))
+    assert found.cells.height == 2 * 2 * 2 * 2
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert found.values.equals(
+        run(folder, tmp_path / "anew", criteria=("reap", "frequency"), drops=(0.25, 0.5)).values
+    )
+    with pytest.raises(StaleInputError, match="recorded without shift"):
+        run(folder, out, criteria=("easy_ep",))
 
 
 def test_text_that_calibrates_may_not_judge(folder, tmp_path):

@@ -47,22 +47,23 @@ def loss_differences(evidence: Evidence) -> NDArray[np.float64]:
     """Nats per predicted token that each expert's loss adds: (n_layers, n_experts)."""
     model, layers, windows = subject(evidence)
     check_masks(layers, 1)
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
+    numbered = [(number, one) for number, one in enumerate(windows) if len(one) > 1]
+    if not numbered:
         raise DataError("no window of the text has two tokens, so nothing is predicted; give more")
+    numbered.sort(key=lambda one: -len(one[1]))  # the longest tells best what can be left out
     found = np.zeros(evidence.shape)
     checked: dict[int, Block] = {}
     resumes: dict[int, bool] = {}
-    with torch.inference_mode(), track("removing experts", len(windows) * len(layers)) as bar:
-        for number, window in enumerate(windows):
+    with torch.inference_mode(), track("removing experts", len(numbered) * len(layers)) as bar:
+        for number, window in numbered:
             whole = _Window(model, layers, window, f"window {number} of the text")
             for row, block in enumerate(whole.blocks):
                 block.settle(checked.get(row))
-                resumes.setdefault(row, whole.resumes(block))
-                checked.setdefault(row, block)
+                if row not in checked:
+                    checked[row], resumes[row] = block, whole.resumes(block)
                 found[row] += whole.differences(block, resume=resumes[row])
                 bar.advance()
-    return found / sum(len(window) - 1 for window in windows)
+    return found / sum(len(window) - 1 for _, window in numbered)
 
 
 class _Window:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moecollab.criteria.base import Evidence
 from moecollab.criteria.probing.probing import (
+    FOREIGN,
     Model,
     Windows,
     inputs_of,
@@ -53,6 +54,7 @@ class Everyone:
             )
         self.layer = layer
         self.rows: list[Tensor] = []
+        self.dim = 2
 
     @contextmanager
     def listening(self, *, leave: bool) -> Iterator[None]:
@@ -62,6 +64,7 @@ class Everyone:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = Call.read(args, kwargs).hidden if container else _first(args, kwargs)
             self.rows.append(hidden.reshape(-1, hidden.shape[-1]).clone())
+            self.dim = hidden.dim()
             if leave:
                 raise _Left
 
@@ -84,7 +87,8 @@ class Everyone:
         size = max(1, HELD // (self.layer.n_experts * rows.shape[1] * 8))
         run = _RUN[self.layer.layout.capture]
         for part in torch.split(rows, size):
-            found = run(self.layer, part).double()
+            shaped = part.reshape(*[1] * (self.dim - 2), *part.shape)
+            found = run(self.layer, shaped).reshape(self.layer.n_experts, len(part), -1).double()
             if not bool(found.isfinite().all()):
                 raise not_finite(f"what the experts of {self.layer.name} return")
             yield found
@@ -96,15 +100,24 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _called(layer: MoeLayer, rows: Tensor) -> Tensor:
     """Outputs of a container that honours ids and weights."""
-    ones = rows.new_ones((len(rows), 1))
-    ids = torch.zeros_like(ones, dtype=torch.long)
-    return torch.stack([layer.experts(rows, ids + one, ones) for one in range(layer.n_experts)])
+    try:
+        return _in_slots(layer, rows, [1.0])
+    except FOREIGN:  # LongCat's cannot do with a single slot
+        return _in_slots(layer, rows, [1.0, 0.0])
+
+
+def _in_slots(layer: MoeLayer, rows: Tensor, weights: list[float]) -> Tensor:
+    shape = rows.shape[:-1].numel(), len(weights)
+    given = torch.tensor(weights, dtype=rows.dtype, device=rows.device).expand(shape)
+    ids = torch.zeros(shape, dtype=torch.long, device=rows.device)
+    found = [layer.experts(rows, ids + expert, given) for expert in range(layer.n_experts)]
+    return torch.stack(found)
 
 
 def _repeated(layer: MoeLayer, rows: Tensor) -> Tensor:
     """Outputs of a container that runs each expert on as many rows (Llama 4), at a gate of 1."""
-    found: Tensor = layer.experts(rows.repeat(layer.n_experts, 1))
-    return found.reshape(layer.n_experts, len(rows), -1)
+    found: Tensor = layer.experts(rows.reshape(-1, rows.shape[-1]).repeat(layer.n_experts, 1))
+    return found
 
 
 def _one_by_one(layer: MoeLayer, rows: Tensor) -> Tensor:

@@ -61,20 +61,24 @@ def _of_window(
     loss = torch.nn.functional.cross_entropy(logits, words[:, 0].to(logits.device), reduction="sum")
     leaves = [gain for own in slots for _, gain in own]
     slopes = iter(torch.autograd.grad(loss, leaves, allow_unused=True))
-    return np.stack(
-        [_squares(layer, own, slopes) for layer, own in zip(layers, slots, strict=True)]
-    )
+    found = []
+    for layer, own in zip(layers, slots, strict=True):
+        experts = [ids for ids, _ in own]
+        found.append(_squares(layer.n_experts, experts, [next(slopes) for _ in own]))
+    return np.stack(found)
 
 
-def _squares(layer: MoeLayer, slots: Slots, slopes: Iterator[Tensor | None]) -> NDArray[np.float64]:
+def _squares(
+    n_experts: int, experts: Sequence[Tensor], slopes: Sequence[Tensor | None]
+) -> NDArray[np.float64]:
     """Sums of squared slopes by expert: float64 (n_experts,)."""
-    found = np.zeros(layer.n_experts)
-    for (experts, _), slope in zip(slots, slopes, strict=False):
+    found = np.zeros(n_experts)
+    for own, slope in zip(experts, slopes, strict=True):
         if slope is not None:
-            squares = slope.detach().double().square().reshape(-1).cpu().numpy()
-            ids = experts.cpu().numpy()
-            used = ids < layer.n_experts  # past them are slots that were not used
-            found += np.bincount(ids[used], squares[used], layer.n_experts)
+            squares = slope.double().square().reshape(-1).cpu().numpy()
+            ids = own.cpu().numpy()
+            used = ids < n_experts  # past them are slots that were not used
+            found += np.bincount(ids[used], squares[used], n_experts)
     return found
 
 

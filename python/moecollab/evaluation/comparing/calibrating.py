@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from moecollab.criteria.base import Needs
 from moecollab.criteria.probe import read_probe
 from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
+from moecollab.errors import StaleInputError
 from moecollab.evaluation.comparing.grid import Entry, Grid
 from moecollab.patterns.dictionary import Collaboration, load_collaboration
 from moecollab.pruning.budgets import Per
@@ -62,9 +63,9 @@ class Calibration:
     def record(self) -> Activations:
         """One pass that serves every criterion."""
         path = self.folder / "activations"
-        if path.exists():
-            return load_activations(path)
         groups = collects(*(entry.criterion.name for entry in self.grid.entries()))
+        if path.exists():
+            return _checked(load_activations(path), groups)
         return extract(
             self.model,
             self.corpus,
@@ -117,3 +118,14 @@ class Calibration:
     def _probe(self) -> tuple[NDArray[np.int64], ...]:
         """Windows to run the model on, for criteria that do."""
         return read_probe(self.corpus, self.model, self.tokenizer, self.probe_tokens, self.seed)
+
+
+def _checked(acts: Activations, groups: Sequence[str]) -> Activations:
+    """The recording, if it has all sums that the criteria need."""
+    missing = [group for group in groups if group not in acts.groups]
+    if missing:
+        raise StaleInputError(
+            f"{acts.path} was recorded without {', '.join(missing)}, which a criterion needs; "
+            "leave that criterion out, or pass overwrite (--overwrite) to start anew"
+        )
+    return acts

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from moecollab.pruning.plans import Plan
 
 KIND, FORMAT = "comparison", 1
+EXTENDABLE = ("criteria", "drops", "per", "seeds")
+"""Settings that may be others when a run goes on: what has been measured stays good."""
 
 
 def compare(  # noqa: PLR0913 (one parameter per option of the command)
@@ -56,7 +58,8 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
 
     Each seed draws its own share of the calibration text, records it once for all criteria, scores
     and plans. Cuts are masks on the loaded model; cuts that keep the same experts are measured
-    once. A run that was stopped goes on where it was when started again.
+    once. A run that was stopped goes on where it was when started again, and may be given other
+    criteria, shares and budgets, and more seeds.
 
     Parameters
     ----------
@@ -152,7 +155,7 @@ def _check_sizes(**sizes: int | None) -> None:
 
 
 def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> Path:
-    """The folder, new or of a run with the very same settings and inputs."""
+    """The folder, new or of a run that measured the same text in the same way."""
     file = folder / MANIFEST
     if not file.exists():
         refuse_existing(folder, overwrite=overwrite)
@@ -164,20 +167,19 @@ def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> Path:
             )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        write_json(file, dict(about))
+    write_json(file, dict(about), overwrite=True)
     return folder
 
 
 def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Names of settings and inputs that differ."""
+    """Names of settings and inputs that differ, but for those that say how much is tried."""
     if (found.get("kind"), found.get("format")) != (wanted["kind"], wanted["format"]):
         return ["kind of result"]
     return [
         name
         for part in ("settings", "inputs")
         for name in wanted[part]
-        if found.get(part, {}).get(name) != wanted[part][name]
+        if name not in EXTENDABLE and found.get(part, {}).get(name) != wanted[part][name]
     ]
 
 
