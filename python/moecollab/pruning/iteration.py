@@ -106,16 +106,11 @@ def iterate(  # noqa: PLR0913 (it records, scores and plans)
     folder, text = Path(out), read_corpus(corpus)
     refuse_existing(folder / PLAN, overwrite=overwrite)
     loaded, found = load_model(model, dtype)
+    recording = {"tokens": tokens, "context": context, "batch_size": batch_size, "seed": seed}
     settings = {"criterion": criterion, "drop": drop, "rounds": rounds, "per": per, "floor": floor}
-    settings |= {"tokens": tokens, "context": context, "batch_size": batch_size, "seed": seed}
     settings |= {"keep": str(keep), "hsdl": None if hsdl is None else str(asdict(hsdl))}
-    about = manifest(
-        KIND,
-        FORMAT,
-        settings=settings,
-        inputs={"model": digest_model(loaded), "corpus": text.digest},
-        seed=seed,
-    )
+    inputs = {"model": digest_model(loaded), "corpus": text.digest}
+    about = manifest(KIND, FORMAT, settings=settings | recording, inputs=inputs, seed=seed)
     _prepare(folder, about, overwrite=overwrite)
     driver = _Rounds(
         model=loaded,
@@ -124,13 +119,7 @@ def iterate(  # noqa: PLR0913 (it records, scores and plans)
         folder=folder,
         hsdl=hsdl or HSDL(),
         budget={"per": per, "floor": floor, "keep": keep},
-        recording={
-            "tokens": tokens,
-            "context": context,
-            "batch_size": batch_size,
-            "seed": seed,
-            "tokenizer": tokenizer or found,
-        },
+        recording=recording | {"tokenizer": tokenizer or found},
         seed=seed,
     )
     made: Plan | None = None
