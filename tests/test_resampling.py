@@ -18,7 +18,9 @@ from moecollab.pruning.planning import plan
 from moecollab.pruning.plans import load_plan
 from moecollab.pruning.rankings import agreement
 from moecollab.pruning.resampling import jaccard, uncertainty
-from moecollab.record.folds import folds_of, tallies_by
+from moecollab.record.extraction import extract
+from moecollab.record.folding import folds_of
+from moecollab.record.folds import tallies_by
 
 
 def drawn(folder, odds, n_documents=400, length=5, seed=0):
@@ -85,12 +87,70 @@ def test_a_part_is_what_its_documents_alone_would_be(tmp_path):
             assert (found["pair_count"][1, row, expert] == together.sum(axis=(0, 1))).all()
 
 
-def test_sums_that_tables_do_not_hold(acts):
+@pytest.fixture(scope="module")
+def shifted(model_folder, texts, tmp_path_factory):
+    """A recording with all sums and no folds."""
+    out = tmp_path_factory.mktemp("shifted") / "acts"
+    return extract(model_folder, texts, out=out, collect="shift,channels,probability,pairs")
+
+
+@pytest.fixture(scope="module")
+def folded(model_folder, texts, tmp_path_factory):
+    """The same with two folds."""
+    out = tmp_path_factory.mktemp("folded") / "acts"
+    collect = "shift,channels,probability,pairs"
+    return extract(model_folder, texts, out=out, collect=collect, folds=2)
+
+
+def test_recorded_folds_are_those_of_the_tables(shifted, folded):
+    found = folded.fold_tallies()
+    part = folds_of(folded.n_samples, 2, seed=0)
+    tables = tallies_by(folded, part, 2, ("routing", "norms", "pairs"))
+    assert found.domains == tables.domains
+    for name in tables.arrays:
+        assert np.allclose(found[name], tables[name], rtol=1e-12), name
+    assert shifted.fold_tallies() is None
+
+
+def test_folds_change_nothing_else(shifted, folded):
+    found, wanted = folded.tallies(), shifted.tallies()
+    assert found.domains == wanted.domains
+    assert set(found.arrays) == set(wanted.arrays) == set(folded.fold_tallies().arrays)
+    for name in wanted.arrays:
+        if not name.startswith("peak_"):
+            assert np.allclose(found[name], wanted[name], rtol=1e-9, atol=1e-12), name
+            total = folded.fold_tallies().total()[name]
+            assert np.allclose(total, wanted.total()[name], rtol=1e-9, atol=1e-12), name
+    assert folded.samples().equals(shifted.samples())
+    for layer in shifted.layers:
+        assert np.array_equal(folded.layer(layer).expert, shifted.layer(layer).expert)
+    assert "folds" not in shifted.manifest["settings"]
+
+
+@pytest.mark.parametrize(
+    "criterion", ["easy_ep", "max_activation", "mean_output_norm", "soft_routing"]
+)
+def test_recorded_folds_answer_all_sums(criterion, folded):
+    found = uncertainty(criterion, folded, drop=0.5, resamples=30)
+    assert found.spread.settings["folds"] == [2]
+    assert (found.spread.standard_error > 0).any()
+    again = uncertainty(criterion, folded, drop=0.5, resamples=30)
+    assert np.array_equal(again.spread.low, found.spread.low)
+
+
+def test_folds_that_cannot_be(model_folder, texts, tmp_path):
+    with pytest.raises(SettingsError, match="folds is 1; it must be 2 or more, or 0"):
+        extract(model_folder, texts, out=tmp_path / "acts", folds=1)
+
+
+def test_sums_that_tables_do_not_hold(acts, shifted):
     part = np.zeros(acts.n_samples, np.int64)
     with pytest.raises(MissingInputError, match="sums of 'shift' cannot be had for parts"):
         tallies_by(acts, part, 1, ("shift",))
     with pytest.raises(ShapeError, match="part has shape"):
         tallies_by(acts, part[:1], 1)
+    with pytest.raises(MissingInputError, match=r"easy_ep reads .*; extract again with folds=32"):
+        uncertainty("easy_ep", shifted, drop=0.5)
     with pytest.raises(MissingInputError, match="max_abs"):
         uncertainty("max_activation", acts, drop=0.5)
 

@@ -45,6 +45,9 @@ def extract(  # noqa: PLR0913 (one parameter per option)
     context: Context = 512,
     batch_size: Batch = 8,
     seed: Seed = 0,
+    folds: Annotated[
+        int, typer.Option(help="Parts of the text summed apart too, to resample; 0 for none")
+    ] = 0,
     dtype: Dtype = "auto",
     layer_by_layer: Annotated[
         bool,
@@ -77,6 +80,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             context=context,
             batch_size=batch_size,
             seed=seed,
+            folds=folds,
             dtype=dtype,
             layer_by_layer=layer_by_layer,
             hidden_gb=hidden_gb,

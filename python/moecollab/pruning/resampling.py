@@ -17,13 +17,14 @@ from moecollab.criteria.base import SUMMED, Criterion, Evidence, Needs, groups_o
 from moecollab.criteria.scores import Scores
 from moecollab.criteria.scoring import score
 from moecollab.criteria.spread import Spread
-from moecollab.errors import DataError, SettingsError, ShapeError
+from moecollab.errors import DataError, MissingInputError, SettingsError, ShapeError
 from moecollab.manifest import refuse_existing
 from moecollab.progress import track
 from moecollab.pruning.budgets import Budget, Per
 from moecollab.pruning.planning import decide
 from moecollab.record.activations import Activations, load_activations
-from moecollab.record.folds import folds_of, tallies_by
+from moecollab.record.folding import folds_of
+from moecollab.record.folds import SINGLE, tallies_by
 from moecollab.record.sums import SUMS
 from moecollab.record.tallies import Tallies
 
@@ -63,8 +64,8 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     drop, experts, mass, per, floor
         The budget of the plan, as :func:`moecollab.plan` takes it.
     folds : int
-        Folds of each recording, ≥ 2; a standard error from n of them is itself off by about
-        1 / sqrt(2 n) of it. At most one per document.
+        Folds of each recording that has none of its own (``extract(folds=…)``), ≥ 2, at most one
+        per document. A standard error from n of them is itself off by about 1 / sqrt(2 n) of it.
     resamples : int
         Draws, ≥ 2.
     confidence : float
@@ -86,7 +87,7 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     SettingsError
         When the criterion reads more than sums.
     MissingInputError
-        When sums that it reads are not in the tables of single tokens.
+        When sums that it reads are neither in the tables of single tokens nor recorded by fold.
     """
     chosen = criteria.get(criterion)
     if chosen.needs & ~SUMMED or Needs.WEIGHTS in chosen.needs:
@@ -101,7 +102,8 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     whole = _whole(criterion, opened, budget, seed)
     resampler = Resampler(chosen, whole, budget, _folded(chosen, opened, folds, seed))
     values, kept = resampler.run(resamples, seed)
-    settings = {"resamples": resamples, "folds": folds, "seed": seed, "confidence": confidence}
+    n_folds = [len(part.domains) for part in resampler.parts]
+    settings = {"resamples": resamples, "folds": n_folds, "seed": seed, "confidence": confidence}
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail], axis=0)
     spread = Spread(
@@ -194,6 +196,8 @@ def _weighted(part: Tallies, times: NDArray[np.int64]) -> Tallies:
     """The total of some folds, each as often as it was drawn."""
     found = {}
     for name, value in part.arrays.items():
+        if SUMS[name].join == "peak":  # which token was highest is no sum
+            continue
         if SUMS[name].join == "max":
             found[name] = value[times > 0].max(axis=0)
         else:
@@ -213,6 +217,15 @@ def _folded(
             raise DataError(
                 f"{acts.path} has {acts.n_samples} documents, of which no others can be drawn; "
                 "record at least 2"
+            )
+        stored = acts.fold_tallies()
+        if stored is not None:
+            found.append(stored)
+            continue
+        if not set(groups) <= set(SINGLE):
+            raise MissingInputError(
+                f"{criterion.name} reads what is summed while recording only, and {acts.path} has "
+                "no folds; extract again with folds=32 (--folds 32)"
             )
         part = folds_of(acts.n_samples, n_folds, seed=seed)
         found.append(tallies_by(acts, part, n_folds, groups))

@@ -18,19 +18,6 @@ SINGLE = ("routing", "norms", "pairs", "vocabulary")
 """Groups of sums that tables of single tokens hold; of "norms" all but peaks."""
 
 
-def folds_of(n_samples: int, n_folds: int, *, seed: int = 0) -> NDArray[np.int64]:
-    """A fold for each document, at random, as many documents in each as can be.
-
-    Returns
-    -------
-    int64 array of shape (n_samples,)
-        Numbers in [0, n_folds).
-    """
-    found = np.empty(n_samples, dtype=np.int64)
-    found[np.random.default_rng(seed).permutation(n_samples)] = np.arange(n_samples) % n_folds
-    return found
-
-
 def tallies_by(
     acts: Activations,
     part: NDArray[np.int64],

@@ -47,6 +47,8 @@ class Settings:
         Windows that are run together.
     seed : int
         Seed of the choice of documents under a limit.
+    folds : int
+        Parts of the documents that are summed apart; none if 0.
     """
 
     tokens: int | None
@@ -55,6 +57,7 @@ class Settings:
     batch_size: int
     seed: int
     collect: tuple[str, ...] = ()
+    folds: int = 0
 
     def __post_init__(self) -> None:
         """Checks ranges, and that what is collected can be."""
@@ -67,6 +70,8 @@ class Settings:
                 raise SettingsError(name, getattr(self, name), "1 or more")
         if self.tokens is not None and self.tokens < 1:
             raise SettingsError("tokens", self.tokens, "1 or more, or None for all")
+        if self.folds < 0 or self.folds == 1:
+            raise SettingsError("folds", self.folds, "2 or more, or 0 for none")
         if self.seed < 0:
             raise SettingsError("seed", self.seed, "0 or more")
 
@@ -148,7 +153,7 @@ class Run:
         described = manifest(
             KIND,
             VERSION,
-            settings=asdict(self.settings)
+            settings={k: v for k, v in asdict(self.settings).items() if k != "folds" or v}
             | {"context": self.context, "dtype": self._dtype()}
             | {"collect": list(self.settings.collect)},
             inputs={"model": self.reader.digest(), "corpus": corpus.digest},
