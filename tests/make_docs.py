@@ -40,6 +40,7 @@ the top it is negated here. One recorded pass answers all that do not run the mo
 moecollab extract MODEL TEXT --out run/activations --collect {all}
 moecollab score run/activations --criterion easy_ep --out run/scores/easy_ep.parquet
 moecollab score --model MODEL --criterion aimer --out run/scores/aimer.parquet
+moecollab score --model MODEL --corpus TEXT --criterion fisher --out run/scores/fisher.parquet
 moecollab criteria
 ```
 
