@@ -210,9 +210,10 @@ def test_what_is_clear_is_sure(simple):
     assert plan(found, drop=1 / 3).sureness is None
 
 
-def test_scores_are_those_of_all_documents(acts):
-    found = uncertainty("reap", acts, drop=0.25, resamples=20)
-    assert np.array_equal(found.values, score("reap", acts).values)
+@pytest.mark.parametrize("criterion", ["reap", "frequency", "msan", "esft_gate", "random"])
+def test_scores_are_those_of_all_documents(criterion, acts):
+    found = uncertainty(criterion, acts, drop=0.25, resamples=20)
+    assert np.array_equal(found.values, score(criterion, acts).values)
     assert found.activations == acts.digest()
     assert (found.spread.low <= found.spread.high).all()
 

@@ -62,7 +62,7 @@ def tallies_by(
     tokens = Tokens(part[sample], table["token_id"].to_numpy(), table["position"].to_numpy())
     for row, layer in enumerate(acts.layers):
         here = {name: value[:, row : row + 1] for name, value in sums.items()}
-        routing = _routing(acts.layer(layer))
+        routing = _routing(acts.layer(layer), norms="norms" in wanted)
         tally(names, tokens, [routing], acts.n_experts, wanted, Tallies(names, here))
     return Tallies(names, sums)
 
@@ -71,5 +71,5 @@ def _peak(name: str) -> bool:
     return SUMS[name].group == "norms" and SUMS[name].join != "add"
 
 
-def _routing(table: LayerTable) -> Routing:
-    return Routing(table.expert, table.weight, table.norm)
+def _routing(table: LayerTable, *, norms: bool) -> Routing:
+    return Routing(table.expert, table.weight, table.norm if norms else None)
