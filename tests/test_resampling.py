@@ -11,6 +11,8 @@ import dumps
 import moecollab as mc
 import real_routing
 from criteria.synthetic import Recorded, make_recorded
+from moecollab import criteria
+from moecollab.criteria.base import SUMMED, Needs
 from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
 from moecollab.errors import DataError, MissingInputError, SettingsError, ShapeError
@@ -369,3 +371,19 @@ def test_opposite_equal_and_constant_rankings(tmp_path):
         agreement([up])
     with pytest.raises(ShapeError, match="not of the same layers"):
         agreement([up, make_scores([[1, 2]])])
+
+
+SUMMABLE = [
+    name
+    for name in criteria.names()
+    if not criteria.get(name).needs & ~SUMMED and Needs.WEIGHTS not in criteria.get(name).needs
+]
+
+
+@pytest.mark.parametrize("criterion", sorted(set(SUMMABLE) - {"easy_ep_mixed"}))
+def test_every_criterion_of_sums_can_be_resampled(criterion, model_folder, texts, tmp_path):
+    collect = "shift,channels,probability,pairs,vocabulary"
+    acts = extract(model_folder, texts, out=tmp_path / "acts", collect=collect, folds=4)
+    found = uncertainty(criterion, acts, drop=0.5, resamples=10)
+    assert np.isfinite(found.spread.standard_error).all()
+    assert found.spread.kept_probability.sum() == pytest.approx(found.n_sites / 2)
