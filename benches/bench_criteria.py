@@ -10,6 +10,7 @@ as asked for.
 
 import argparse
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from moecollab import criteria
 from moecollab.criteria.base import Evidence, Needs
 from moecollab.record.activations import LayerTable
+from moecollab.record.rows import Rows
 from moecollab.record.sketch import add_tokens
 from moecollab.record.sums import REGISTERS, SUMS
 from moecollab.record.tallies import Tallies
@@ -34,6 +36,7 @@ class Tokens:
     """What the criteria of single tokens ask of a recording: every layer alike."""
 
     layers, n_experts = tuple(range(N_LAYERS)), N_EXPERTS
+    n_sites = N_LAYERS * N_EXPERTS
 
     def __init__(self, n_tokens: int) -> None:
         rng = np.random.default_rng(0)
@@ -42,10 +45,25 @@ class Tokens:
         ballot = np.argsort(-logits, axis=1)[:, : 3 * TOP_K].astype(np.uint16)
         weight = np.full((n_tokens, TOP_K), 1 / TOP_K, np.float32)
         self.table = LayerTable(ballot[:, :TOP_K], weight, None, ballot[:, TOP_K:])
+        first = np.arange(N_LAYERS)[:, None] * N_EXPERTS
+        sites = np.sort(ballot[:, None, :TOP_K] + first, axis=2).astype(np.uint32)
+        pointers = np.arange(n_tokens + 1) * (N_LAYERS * TOP_K)
+        values = rng.random(sites.size).astype(np.float32)
+        self._rows = Rows(
+            pointers, sites.ravel(), values, np.arange(n_tokens, dtype=np.uint32), self.n_sites
+        )
 
     def layer(self, _layer: int) -> LayerTable:
         """The same table for each."""
         return self.table
+
+    def rows(self, _grain: str, _weights: str) -> Rows:
+        """All layers of the tokens."""
+        return self._rows
+
+    def token_blocks(self, _weights: str) -> Iterator[Rows]:
+        """The same in one block."""
+        return iter([self._rows])
 
 
 def make_evidence(width: int, n_tokens: int) -> Evidence:
@@ -69,7 +87,11 @@ def make_evidence(width: int, n_tokens: int) -> Evidence:
         by_domain=by_domain,
         top_k=TOP_K,
         activations=Tokens(n_tokens),
-        collaboration=SimpleNamespace(levels=levels),
+        collaboration=SimpleNamespace(
+            levels=levels,
+            n_sites=Tokens.n_sites,
+            settings={"rows": "token", "weights": "raw"},
+        ),
     )
 
 

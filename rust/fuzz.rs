@@ -4,6 +4,7 @@
 
 use proptest::prelude::*;
 
+use crate::coverage::coverage_order;
 use crate::encoding::Codebook;
 use crate::hierarchy::{Fit, fit};
 use crate::params::Params;
@@ -133,6 +134,24 @@ proptest! {
             prop_assert_eq!(codes.len(), rows.len());
             for code in codes.iter().flatten() {
                 prop_assert!(code.value > 0.0 && code.value <= caps[code.index as usize]);
+            }
+        }
+    }
+
+    #[test]
+    fn fuzz_coverage(
+        (pointers, sites, values, n_sites) in arrays(value),
+        weight in prop::collection::vec(weight(), 0..12), even in 0_u8..4, power in weight(),
+    ) {
+        if let Ok(rows) = Rows::new(&pointers, &sites, &values, n_sites) {
+            let weight = if even > 0 { vec![1.0; rows.len()] } else { weight };
+            if let Ok(found) = coverage_order(rows, &weight, power) {
+                let mut order = found.order.clone();
+                order.sort_unstable();
+                prop_assert!(order.into_iter().eq(0..n_sites as u32));
+                let along: Vec<f64> = found.order.iter().map(|&s| found.damage[s as usize]).collect();
+                prop_assert!(along.iter().all(|damage| damage.is_finite()));
+                prop_assert!(along.windows(2).all(|pair| pair[0] <= pair[1]));
             }
         }
     }

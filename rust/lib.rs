@@ -17,6 +17,7 @@ mod caps;
 mod checks;
 mod coding;
 mod contribution;
+mod coverage;
 mod dictionary;
 mod encoding;
 mod error;
@@ -57,6 +58,7 @@ mod square;
 mod py;
 
 pub use contribution::{Ranking, rank_contributions};
+pub use coverage::{Departures, coverage_order};
 pub use encoding::Codebook;
 pub use error::{Error, Result};
 pub use hierarchy::{Fit, FittedLevel, fit, fit_below};

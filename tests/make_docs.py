@@ -40,6 +40,7 @@ the top it is negated here. One recorded pass answers all that do not run the mo
 moecollab extract MODEL TEXT --out run/activations --collect {all}
 moecollab score run/activations --criterion easy_ep --out run/scores/easy_ep.parquet
 moecollab score --model MODEL --criterion aimer --out run/scores/aimer.parquet
+moecollab score --model MODEL --corpus TEXT --criterion fisher --out run/scores/fisher.parquet
 moecollab criteria
 ```
 
@@ -60,14 +61,6 @@ experts.
 | name | here |
 | --- | --- |
 {known}
-
-## Not here
-
-- **EAO** of MC-Suite counts outputs outside mean ± 3 standard deviations of their channel. The mean
-  must be known before anything can be counted, so it takes two passes over the text, and counts of
-  shards with means of their own do not add up. The paper names others as its best.
-- **EAS** of MC-Suite and all that compares experts' outputs on the same tokens needs every expert
-  to run on every token, which no recording of a model's own pass holds.
 
 ## Your own
 

@@ -260,3 +260,22 @@ def test_criteria_lists_every_one(inside):
     assert code == 0
     for words in ("no data: ", "easy_ep ", "needs routing, shift", "Which to use: "):
         assert words in shown
+
+
+def test_compare_prints_a_table_and_leaves_a_figure(inside, model_folder, tmp_path):
+    for name, n in (("calibration", 6), ("held_out", 3)):
+        lines = [
+            {"text": f"{name} {i}: the court held that the owl hunts.", "domain": "ab"[i % 2]}
+            for i in range(n)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "out"
+    made = ["compare", model_folder, tmp_path / "calibration.jsonl"]
+    made += ["--held-out", tmp_path / "held_out.jsonl", "--criteria", "reap,random"]
+    made += ["--drops", "0.25", "--per", "layer,model", "--seeds", "2", "--out", out]
+    code, said, error = inside(*made)
+    assert code == 0, error
+    for wanted in ("cost of dropping 25.0% per layer", "per model", "reap", "mean rank"):
+        assert wanted in said
+    assert "share of experts dropped" in (out / "comparison.html").read_text()
+    assert pl.read_parquet(out / "costs.parquet").height == 2 * 2 * 2 * 2

@@ -1,201 +1,308 @@
-"""Intervals and paired comparison, on numbers made for it."""
+"""Criteria against each other: cells against the long way round, intervals and ranks by hand."""
+
+import math
 
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+import torch
 
-from moecollab.errors import DataError, MissingInputError, SettingsError
-from moecollab.evaluation import intervals
-from moecollab.evaluation.comparison import SCHEMA, compare
-from moecollab.evaluation.evaluation import Evaluation
-from moecollab.evaluation.intervals import paired_interval, ratio_interval, resampled_sums
-from moecollab.evaluation.tasks import TaskResult
+import models
+import moecollab as mc
+from moecollab.errors import DataError, MissingInputError, SettingsError, StaleInputError
+from moecollab.evaluation.comparing.grid import Grid, calibration
+from moecollab.evaluation.comparing.standing import Block, critical_difference
+from moecollab.record.corpus import read_corpus
+from test_tasks import write_task
 
-DOMAINS = ["law"] * 20 + ["maths"] * 30
+WORDS = ("court", "contract", "owl", "fox", "law", "jumps", "night", "hunt", "brown", "void", "dog")
+CRITERIA = ("frequency", "esft_token", "reap", "caep", "random")
+FIT = mc.HSDL(atoms=(4,), rows="token")
 
 
-def make(shift=0.0, noise=0.0, *, name="m", seed=0, tasks=(), **changes):
-    """Fifty documents whose loss differs widely; `shift` is added per token."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(10, 200, 50)
-    per_token = rng.uniform(1, 6, 50) + shift + noise * np.random.default_rng(1).normal(size=50)
-    documents = pl.DataFrame(
+def documents(start, n):
+    """Short documents of two domains, all different."""
+    rng = np.random.default_rng(start)
+    return [
         {
-            "document": [f"d{i}" for i in range(50)],
-            "domain": DOMAINS,
-            "tokens": tokens,
-            "nll": per_token * tokens,
+            "text": f"{start + i} " + " ".join(rng.choice(WORDS, 12)),
+            "domain": ("law", "animals")[i % 2],
         }
+        for i in range(n)
+    ]
+
+
+CALIBRATION, HELD_OUT = documents(0, 12), documents(100, 6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return models.save("qwen2_moe", tmp_path_factory.mktemp("model") / "tiny")
+
+
+def run(model, out, **changed):
+    settings = {"criteria": CRITERIA, "drops": (0.25,), "per": ("layer", "model"), "seeds": 2}
+    return mc.compare(model, CALIBRATION, HELD_OUT, out=out, **({"fits": FIT} | settings | changed))
+
+
+@pytest.fixture(scope="module")
+def made(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison") / "out"
+    return run(folder, out), out
+
+
+def test_every_cell_is_there(made):
+    found, _ = made
+    keys = found.cells.select("seed", "criterion", "per", "drop")
+    assert keys.n_unique() == keys.height == 2 * len(CRITERIA) * 2
+    assert found.measures == ["loss"]
+
+
+@pytest.mark.parametrize(("criterion", "per"), [("reap", "layer"), ("caep", "model")])
+def test_a_cell_is_what_the_single_steps_give(made, folder, tmp_path, criterion, per):
+    found, _ = made
+    part = calibration(read_corpus(CALIBRATION), 0.5, seed=1)
+    acts = mc.extract(folder, part, out=tmp_path / "acts")
+    collab = mc.HSDL(atoms=(4,), rows="token", seed=1).fit(acts)
+    scores = mc.score(criterion, acts, collaboration=collab, drop=0.25, seed=1)
+    full = mc.evaluate(folder, corpus=HELD_OUT)
+    with mc.mask(folder, mc.plan(scores, drop=0.25, per=per)) as masked:
+        cut = mc.evaluate(masked, corpus=HELD_OUT)
+    own = found.costs().filter(seed=1, criterion=criterion, per=per)
+    cost = (own["cost"] * own["size"]).sum() / own["size"].sum()
+    assert cost == pytest.approx(cut.loss - full.loss, abs=1e-6)
+    standing = found.standings().filter(criterion=criterion, per=per)
+    assert standing["low"].item() <= standing["cost"].item() <= standing["high"].item()
+
+
+def test_cuts_that_keep_the_same_experts_are_measured_once(made):
+    found, out = made
+    same = found.cells.filter(pl.col("criterion").is_in(["frequency", "esft_token"]), per="layer")
+    assert (same.group_by("seed").agg(pl.col("cut").n_unique())["cut"] == 1).all()
+    assert len(list((out / "measured").iterdir())) == found.cells["cut"].n_unique() + 1
+
+
+def test_a_stopped_run_goes_on(made, folder, tmp_path):
+    found, whole = made
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, out)
+    done = {path: path.stat().st_mtime_ns for path in (out / "measured").iterdir()}
+    assert len(done) == 5
+    again = run(folder, out)
+    assert again.cells.equals(found.cells)
+    assert again.values.equals(found.values)
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert mc.load_comparison(out).values.equals(mc.load_comparison(whole).values)
+
+
+def stop_after(patch, n):
+    """Ctrl-C when the (n+1)-th cut is measured."""
+    from moecollab.evaluation.comparing import measuring
+
+    plain, calls = measuring.document_losses, []
+
+    def losses(*arguments, **options):
+        calls.append(0)
+        if len(calls) > n:
+            raise KeyboardInterrupt
+        return plain(*arguments, **options)
+
+    patch.setattr(measuring, "document_losses", losses)
+
+
+def test_another_run_in_the_same_folder_is_refused(made, folder):
+    _, out = made
+    with pytest.raises(StaleInputError, match="another share"):
+        run(folder, out, share=0.7)
+    with pytest.raises(StaleInputError, match="another held_out"):
+        mc.compare(
+            folder,
+            CALIBRATION,
+            documents(500, 3),
+            out=out,
+            fits=FIT,
+            criteria=CRITERIA,
+            drops=(0.25,),
+            per=("layer", "model"),
+            seeds=2,
+        )
+
+
+def test_a_run_can_be_extended(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, out, criteria=("reap",), seeds=1, drops=(0.25,))
+    done = {path: path.stat().st_mtime_ns for path in (out / "measured").iterdir()}
+    found = run(folder, out, criteria=("reap", "frequency"), seeds=2, drops=(0.25, 0.5))
+    assert found.cells.height == 2 * 2 * 2 * 2
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert found.values.equals(
+        run(folder, tmp_path / "anew", criteria=("reap", "frequency"), drops=(0.25, 0.5)).values
     )
-    about = {"inputs": {"corpus": "c0"}, "settings": {"context": 512}, "seed": seed}
-    fields = {"documents": documents, "about": about} | changes
-    return Evaluation(name=name, model="m", tasks=tuple(tasks), **fields)
+    with pytest.raises(StaleInputError, match="recorded without shift"):
+        run(folder, out, criteria=("easy_ep",))
 
 
-def make_task(scored, metric="acc", questions="q0", **changes):
-    fields = {"filter": "none", "higher_is_better": True, "n_original": 100, "stderr": 0.1}
-    fields |= {"value": float(np.mean(scored)), "values": tuple(scored), "n": len(scored)}
-    return TaskResult(task="five", metric=metric, questions=questions, **(fields | changes))
-
-
-def row(table, **where):
-    found = table.filter(**where)
-    assert found.height == 1
-    return found.row(0, named=True)
-
-
-def test_resampling_equals_the_slow_twin():
-    columns = np.random.default_rng(5).normal(size=(7, 2))
-    found = resampled_sums(columns, seed=3, resamples=11)
-    rng = np.random.default_rng(3)
-    for draw in rng.integers(0, 7, (11, 7)):
-        expected = [sum(columns[i, column] for i in draw) for column in range(2)]
-        np.testing.assert_allclose(found[0], expected, rtol=1e-12)
-        found = found[1:]
-
-
-def test_resampling_in_pieces_gives_the_same(monkeypatch):
-    columns = np.random.default_rng(5).normal(size=(30, 2))
-    whole = resampled_sums(columns, seed=0, resamples=100)
-    monkeypatch.setattr(intervals, "_CHUNK", 210)
-    np.testing.assert_array_equal(resampled_sums(columns, seed=0, resamples=100), whole)
-
-
-def test_interval_covers_the_truth_about_as_often_as_it_says():
-    rng = np.random.default_rng(0)
-    hits = 0
-    for trial in range(200):
-        size = rng.integers(1, 20, 60).astype(np.float64)
-        total = size * rng.normal(2.0, 1.0, 60)
-        low, high = ratio_interval(total, size, seed=trial)
-        hits += low <= 2.0 <= high
-    assert 175 <= hits <= 199
-
-
-@given(st.integers(2, 40), st.floats(0.1, 10), st.integers(0, 9))
-def test_interval_of_a_constant_is_the_constant(n, value, seed):
-    size = np.arange(1, n + 1, dtype=np.float64)
-    low, high = ratio_interval(value * size, size, seed=seed)
-    assert low == pytest.approx(value)
-    assert high == pytest.approx(value)
-
-
-def test_one_document_has_no_interval():
-    one = np.ones(1)
-    assert ratio_interval(one, one, seed=0) is None
-    assert paired_interval(one, one, one, seed=0) is None
-
-
-def test_paired_interval_is_much_narrower_than_an_unpaired_one():
-    full, cut = make(), make(0.1, noise=0.01)
-    nll = [e.documents["nll"].to_numpy() for e in (full, cut)]
-    size = full.documents["tokens"].to_numpy().astype(np.float64)
-    low, high = paired_interval(nll[1], nll[0], size, seed=0)
-    alone = ratio_interval(nll[1], size, seed=0)
-    assert low < 0.1 < high
-    assert high - low < (alone.high - alone.low) / 20
-
-
-def test_comparison_by_hand():
-    documents = pl.DataFrame(
-        {"document": ["a", "b"], "domain": ["x", "y"], "tokens": [1, 3], "nll": [2.0, 6.0]}
-    )
-    worse = documents.with_columns(nll=pl.Series([4.0, 6.0]))
-    table = compare({"cut": make(documents=worse), "full": make(documents=documents)})
-    assert table.schema == pl.Schema(SCHEMA)
-    assert table["model"].to_list() == ["full"] * 3 + ["cut"] * 3
-    assert table["domain"].to_list() == ["all", "x", "y"] * 2
-    overall = row(table, model="cut", domain="all")
-    assert (overall["value"], overall["difference"], overall["relative"]) == (2.5, 0.5, 0.25)
-    # Draws are {a,a}, {a,b}, {b,b}: differences 2, 1/2 and 0.
-    assert (overall["difference_low"], overall["difference_high"]) == (0.0, 2.0)
-    single = row(table, model="cut", domain="x")
-    assert (single["n"], single["value"], single["difference"]) == (1, 4.0, 2.0)
-    assert single["low"] is single["difference_high"] is None
-    assert row(table, model="full", domain="all")["difference"] == 0
-
-
-def test_a_clear_cost_is_seen_and_its_sign_is_right():
-    table = compare({"full": make(), "cut": make(0.1, noise=0.02)})
-    for domain in ("all", "law", "maths"):
-        found = row(table, model="cut", domain=domain)
-        assert 0 < found["difference_low"] < found["difference"] < found["difference_high"]
-        assert found["low"] < found["value"] < found["high"]
-        assert found["higher_is_better"] is False
-    assert row(table, model="cut", domain="law")["n"] == 20
-
-
-def test_comparison_is_deterministic_and_uses_the_same_draws():
-    evaluations = {"full": make(), "a": make(0.1, noise=0.02), "b": make(0.1, noise=0.02, seed=9)}
-    table = compare(evaluations)
-    assert table.equals(compare(evaluations))
-    first, second = (table.filter(model=name).drop("model") for name in ("a", "b"))
-    assert first.equals(second)
-
-
-def test_tasks_are_paired_by_question():
-    full = make_task([1.0, 1.0, 0.0, 1.0])
-    cut = make_task([1.0, 0.0, 0.0, 1.0])
-    table = compare({"full": make(tasks=[full]), "cut": make(tasks=[cut])})
-    found = row(table, model="cut", measure="five")
-    assert (found["value"], found["difference"], found["n"]) == (0.5, -0.25, 4)
-    assert found["difference_low"] <= -0.25 <= found["difference_high"] == 0
-    assert (found["metric"], found["higher_is_better"]) == ("acc", True)
-
-
-def test_other_questions_are_not_subtracted():
-    full = make_task([1.0, 0.0], questions="q0")
-    cut = make_task([1.0, 1.0], questions="q1")
-    table = compare({"full": make(tasks=[full]), "cut": make(tasks=[cut])})
-    found = row(table, model="cut", measure="five")
-    assert found["value"] == 1.0
-    assert found["difference"] is None
-
-
-def test_metrics_that_are_no_mean_keep_their_value():
-    given = make_task([1.0], metric="f1", values=(), value=0.37, n=9, filter="strict")
-    table = compare({"full": make(tasks=[given])})
-    found = row(table, measure="five")
-    assert (found["value"], found["low"], found["n"]) == (0.37, None, 9)
-    assert found["metric"] == "f1 (strict)"
-
-
-def test_a_measure_that_the_baseline_lacks_has_no_difference():
-    table = compare({"full": make(documents=None, tasks=[make_task([1.0])]), "cut": make()})
-    assert row(table, model="cut", domain="all")["difference"] is None
+def test_text_that_calibrates_may_not_judge(folder, tmp_path):
+    with pytest.raises(DataError, match="must not calibrate"):
+        mc.compare(folder, CALIBRATION, [*HELD_OUT, CALIBRATION[3]], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("changed", "message"),
     [
-        (
-            make(about={"inputs": {"corpus": "c1"}, "settings": {"context": 512}}),
-            "'cut' was measured with corpus c1 but the baseline with c0; evaluate both alike",
-        ),
-        (
-            make(about={"inputs": {"corpus": "c0"}, "settings": {"context": 64}}),
-            "'cut' was measured with context 64 but the baseline with 512",
-        ),
-        (make(documents=make().documents.head(9)), "have other documents or tokens"),
-        (
-            make(documents=make().documents.with_columns(tokens=pl.lit(5, pl.Int64))),
-            "have other documents or tokens; evaluate both on the same",
-        ),
+        ({"criteria": ("reap", "reap")}, "different names"),
+        ({"criteria": ("reep",)}, "reap"),
+        ({"criteria": ("caep@other",)}, "one of the fits patterns"),
+        ({"criteria": ("reap@patterns",)}, "reads no patterns"),
+        ({"drops": (0.0,)}, r"in \(0, 1\)"),
+        ({"per": ("group",)}, "layer, model"),
+        ({"seeds": 0}, "at least 1"),
+        ({"share": 1.5}, r"in \(0, 1\]"),
+        ({"probe_tokens": 0}, "at least 1"),
+        ({"context": 1}, "at least 2"),
     ],
 )
-def test_what_is_not_comparable_is_refused(other, message):
-    with pytest.raises(DataError, match=message):
-        compare({"full": make(), "cut": other})
+def test_bad_settings_are_refused_at_once(folder, tmp_path, changed, message):
+    with pytest.raises(SettingsError, match=message):
+        run(folder, tmp_path / "out", **changed)
+    assert not (tmp_path / "out").exists()
 
 
-def test_the_baseline_must_be_there():
-    with pytest.raises(SettingsError, match="baseline is 'full'; it must be one of: fulll"):
-        compare({"fulll": make()})
-    assert compare({"fulll": make()}, baseline="fulll").height == 3
+def test_a_loaded_model_is_left_as_it_was(tokenizer, tmp_path):
+    model = models.build("qwen2_moe").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run(model, tmp_path / "out", tokenizer=tokenizer, criteria=("random",), seeds=1)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.training
 
 
-def test_nothing_to_compare():
-    with pytest.raises(MissingInputError, match="measured nothing"):
-        compare({"full": make(documents=None)})
+def test_each_fit_serves_the_criterion_that_names_it(folder, tmp_path):
+    fits = {"plain": FIT, "output": mc.HSDL(atoms=(4,), rows="token", weights="output")}
+    out = tmp_path / "out"
+    found = run(folder, out, fits=fits, criteria=("caep", "caep@output"), seeds=1)
+    assert found.cells["criterion"].unique().sort().to_list() == ["caep", "caep@output"]
+    output = mc.load_collaboration(out / "seed-0" / "fit-output")
+    assert output.settings["weights"] == "output"
+
+
+def test_tasks_are_answered_by_every_cut(folder, tmp_path):
+    write_task(tmp_path / "tasks", tmp_path / "cache")
+    found = run(
+        folder,
+        tmp_path / "out",
+        criteria=("random",),
+        tasks=("five",),
+        task_folder=tmp_path / "tasks",
+    )
+    assert found.measures == ["loss", "five acc", "five acc_norm"]
+    row = found.standings("five acc").row(0, named=True)
+    cuts = found.values.filter(pl.col("cut") != "full", measure="five acc")
+    full = found.values.filter(cut="full", measure="five acc")["value"].mean()
+    by_cut = dict(cuts.group_by("cut").agg(pl.col("value").mean()).iter_rows())
+    own = found.cells.filter(per=row["per"])["cut"]
+    assert row["cost"] == pytest.approx(full - np.mean([by_cut[cut] for cut in own]))
+    assert math.isnan(row["critical"])
+
+
+def test_the_seeds_draw_other_documents_of_every_domain():
+    corpus = read_corpus(CALIBRATION)
+    first, second = (calibration(corpus, 0.5, seed) for seed in (0, 1))
+    assert len(first) == len(second) == 6
+    assert first.domains == corpus.domains
+    assert {d.id for d in first.documents} != {d.id for d in second.documents}
+    assert calibration(corpus, 1.0, 0).documents == corpus.documents
+    assert len(calibration(corpus, 0.01, 0)) == 2
+
+
+def test_what_a_grid_needs_is_known_beforehand():
+    grid = Grid(criteria=("caep@b", "reap"), fits={"a": FIT, "b": FIT})
+    assert grid.fits_needed() == ["b"]
+    assert grid.cells == 3 * 2 * 2
+
+
+def block(worse, domain=(0, 0, 1)):
+    worse = np.asarray(worse, np.float64)
+    return Block(
+        [f"c{i}" for i in range(len(worse))],
+        worse,
+        np.asarray([1.0, 2.0, 3.0]),
+        np.asarray(domain),
+    )
+
+
+def test_costs_and_ranks_by_hand():
+    """Two criteria, two seeds, three items of sizes 1, 2 and 3 in two domains."""
+    found = block([[[1, 2, 6], [3, 0, 0]], [[1, 2, 0], [1, 2, 2]]])
+    np.testing.assert_allclose(found.costs(), [6 / 6, 4 / 6])  # (9 + 3) / 2 and (3 + 5) / 2
+    ranks, critical = found.ranks()  # first domain 3 and 3, second domain 3 and 1
+    np.testing.assert_allclose(ranks, [(1.5 + 2) / 2, (1.5 + 1) / 2])
+    assert critical == pytest.approx(1.960 * math.sqrt(2 * 3 / (6 * 2)), abs=1e-3)
+
+
+def test_draws_are_those_of_a_slow_bootstrap():
+    """The same spread as drawing seeds, and documents within domains, one after the other."""
+    rng = np.random.default_rng(0)
+    worse, size = rng.normal(1, 1, (2, 4, 30)), rng.integers(1, 9, 30).astype(float)
+    domain = np.repeat([0, 1, 2], 10)
+    fast = Block(["a", "b"], worse, size, domain).draws(0, 4_000)
+    slow = np.empty((4_000, 2))
+    for row in slow:
+        seeds = rng.integers(4, size=4)
+        items = np.concatenate([rng.integers(10, size=10) + 10 * d for d in range(3)])
+        row[:] = worse[:, seeds][:, :, items].mean(axis=1).sum(axis=1) / size[items].sum()
+    for moment in (np.mean, np.std):
+        np.testing.assert_allclose(moment(fast, axis=0), moment(slow, axis=0), rtol=0.05)
+    gap = [np.std(draws[:, 0] - draws[:, 1]) for draws in (fast, slow)]
+    assert gap[0] == pytest.approx(gap[1], rel=0.05)
+
+
+def test_critical_values_are_those_of_the_published_table():
+    """Demšar 2006, table 5a: q at 5 % for 2 to 10 classifiers."""
+    table = [1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164]
+    for n, q in enumerate(table, start=2):
+        scale = math.sqrt(n * (n + 1) / (6 * 10))
+        assert critical_difference(n, 10) / scale == pytest.approx(q, abs=1e-3)
+    assert math.isnan(critical_difference(1, 10))
+
+
+def test_standings_hold_a_reference(made):
+    found, _ = made
+    table = found.standings(reference="random").filter(per="layer")
+    own = table.filter(criterion="random")
+    assert own.select("difference", "difference_low", "difference_high").row(0) == (0, 0, 0)
+    gaps = table["cost"] - own["cost"].item()
+    np.testing.assert_allclose(table["difference"], gaps, atol=1e-12)
+    assert table["cost"].is_sorted()
+    with pytest.raises(SettingsError, match="random"):
+        found.standings(reference="randon")
+    with pytest.raises(SettingsError, match="loss"):
+        found.standings("los")
+
+
+def test_a_damaged_or_unfinished_comparison_says_so(made, folder, tmp_path):
+    with pytest.raises(DataError, match="manifest"):
+        mc.load_comparison(tmp_path)
+    out = tmp_path / "out"
+    run(folder, out, criteria=("random",), seeds=1)
+    (out / "cells.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match="goes on where it was"):
+        mc.load_comparison(out)
+
+
+def test_a_criterion_whose_needs_cannot_be_recorded_is_named(folder, tmp_path):
+    found = run(folder, tmp_path / "out", criteria=("easy_ep", "soft_routing"), seeds=1)
+    assert found.cells.height == 4
+    with pytest.raises(MissingInputError):
+        mc.score("easy_ep", mc.extract(folder, CALIBRATION, out=tmp_path / "acts"))
+
+
+def test_the_figure_has_a_line_per_criterion_and_budget(made):
+    figure = mc.comparison_figure(made[0])
+    assert len(figure.data) == 2 * len(CRITERIA)
+    assert {line.name for line in figure.data} == set(CRITERIA)

@@ -17,7 +17,7 @@ from moecollab.errors import (
     SettingsError,
 )
 from moecollab.evaluation.evaluation import evaluate, load_evaluation
-from moecollab.evaluation.perplexity import cut, document_losses
+from moecollab.evaluation.perplexity import HeldOut, cut, document_losses
 from moecollab.models.masking import mask
 from moecollab.record.corpus import read_corpus
 
@@ -90,7 +90,8 @@ def test_every_token_but_the_first_is_predicted_once():
 
 def test_loss_equals_the_slow_twin(tiny, tokenizer):
     corpus = read_corpus(TEXTS)
-    found, skipped = document_losses(tiny, tokenizer, corpus, context=20, batch_size=3)
+    text = HeldOut.read(tokenizer, corpus, 20)
+    found, skipped = document_losses(tiny, text, batch_size=3), text.skipped
     assert skipped == 1
     assert found["document"].to_list() == ["a", "c", "d"]
     for row in found.iter_rows(named=True):
@@ -104,7 +105,7 @@ def test_loss_equals_the_slow_twin(tiny, tokenizer):
 def test_batch_size_changes_only_rounding(tiny, tokenizer, batch_size):
     corpus = read_corpus(TEXTS)
     one, other = (
-        document_losses(tiny, tokenizer, corpus, context=16, batch_size=size)[0]
+        document_losses(tiny, HeldOut.read(tokenizer, corpus, 16), batch_size=size)
         for size in (3, batch_size)
     )
     np.testing.assert_allclose(one["nll"], other["nll"], rtol=1e-5)
@@ -123,9 +124,8 @@ def test_hand_computed_loss(tokenizer):
     table[a, b], table[a, a] = math.log(1 / 4), math.log(3 / 4)
     table[b, a], table[b, b] = math.log(1 / 2), math.log(1 / 2)
     model = Bigram(table)
-    found, _ = document_losses(
-        model, tokenizer, read_corpus(["abab", "aa"]), context=3, batch_size=2
-    )
+    text = HeldOut.read(tokenizer, read_corpus(["abab", "aa"]), 3)
+    found = document_losses(model, text, batch_size=2)
     np.testing.assert_allclose(found["nll"], [5 * math.log(2), math.log(4 / 3)], rtol=1e-6)
     assert found["tokens"].to_list() == [3, 1]
     assert model.training
@@ -134,7 +134,7 @@ def test_hand_computed_loss(tokenizer):
 def test_a_loss_that_is_not_finite_names_the_document(tokenizer):
     model = Bigram(torch.full((models.VOCABULARY,) * 2, math.nan))
     with pytest.raises(DataError, match="loss on document '1' is nan; look for NaN"):
-        document_losses(model, tokenizer, read_corpus(["abab"]), context=3, batch_size=2)
+        document_losses(model, HeldOut.read(tokenizer, read_corpus(["abab"]), 3), batch_size=2)
 
 
 def test_a_corpus_of_single_tokens_measures_nothing(folder):

@@ -143,7 +143,7 @@ def test_groups_keep_equal_numbers(token_ids, logits):
     ("kept", "message"),
     [
         ((0, 1, 2, 4, 5), r"layer 1 keeps \[3, 2\] experts in its 2 router groups"),
-        ((0, 4), "layer 1 keeps 1 experts in each router group, but groups are scored by 2"),
+        ((0, 4), "layer 1 keeps 1 experts in each router group, but the router needs 2 in each"),
     ],
 )
 def test_unequal_or_small_groups(kept, message):

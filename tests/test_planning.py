@@ -18,7 +18,8 @@ from moecollab.errors import (
     SchemaError,
     SettingsError,
 )
-from moecollab.pruning.planning import Plan, load_plan, plan
+from moecollab.pruning.planning import plan
+from moecollab.pruning.plans import Plan, load_plan
 
 
 def make_scores(values, top_k=1, layers=None, settings=None):
@@ -100,14 +101,29 @@ def test_halves_round_up():
     ("per", "top_k", "keep", "message"),
     [
         ("layer", 4, None, r"layer 0 would keep 2 experts but the router selects top_k=4; lower"),
-        ("layer", 1, {1: [0, 1, 2, 3, 4]}, r"layer 1 would keep 2 experts but 5 are protected; "),
-        ("model", 4, None, r"layer 0 would keep 0 experts but the router selects top_k=4; lower"),
-        ("model", 1, {1: range(8)}, r"layer 0 would keep 0 experts but the router selects top_k=1"),
+        (
+            "layer",
+            1,
+            {1: [0, 1, 2, 3, 4]},
+            r"layer 1 would keep 2 experts but 5 are protected or ne",
+        ),
+        (
+            "model",
+            4,
+            None,
+            r"12 of 16 experts would go but only 8 can, as every .* \(top_k=4\); low",
+        ),
+        (
+            "model",
+            1,
+            {1: range(8)},
+            r"12 of 16 experts would go but only 7 can, as every layer keeps what",
+        ),
         (
             "model",
             1,
             {0: [7], 1: range(7)},
-            r"12 of 16 experts would go but 8 are protected, so that on",
+            r"12 of 16 experts would go but only 8 can",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from moecollab.errors import DataError, OutputExistsError, PlanError
 from moecollab.models.keep import Keep
 from moecollab.models.routing import find_moe_layers
 from moecollab.pruning import pruning
-from moecollab.pruning.planning import Plan
+from moecollab.pruning.plans import Plan
 from moecollab.pruning.pruning import prune
 from moecollab.record.extraction import extract
 

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from moecollab.errors import DataError, MissingInputError, OutputExistsError, StaleInputError
-from moecollab.evaluation.comparison import compare
+from moecollab.evaluation.differences import differences
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
-from moecollab.pruning.planning import load_plan
+from moecollab.pruning.plans import load_plan
 from moecollab.reporting import numbers
 from moecollab.reporting.costs import costs_of
 from moecollab.reporting.expert_use import ExpertUse
@@ -179,14 +179,16 @@ def test_printed_text_is_the_number_rounded(html):
             assert abs(shown - value) <= slack * 1.01 + 1e-12, (key, value, text)
 
 
-def test_intervals_are_those_of_compare(run, html):
+def test_intervals_are_those_of_differences(run, html):
     block = json.loads(Numbers(html).block)
     found = {path.stem: load_evaluation(path) for path in (run / "evaluations").glob("*.json")}
-    for row in compare(found).filter(pl.col("domain") == "all").iter_rows(named=True):
+    for row in differences(found).filter(pl.col("domain") == "all").iter_rows(named=True):
         if row["model"] != "full":
             assert block[f"cost.{row['model']}.low"] == row["difference_low"]
             assert block[f"cost.{row['model']}.high"] == row["difference_high"]
-    pair = compare({name: found[name] for name in ("caep-25", "random-25")}, baseline="random-25")
+    pair = differences(
+        {name: found[name] for name in ("caep-25", "random-25")}, baseline="random-25"
+    )
     row = pair.filter((pl.col("model") == "caep-25") & (pl.col("domain") == "all"))
     assert block["gap.caep-25.random-25.low"] == row["difference_low"].item()
 

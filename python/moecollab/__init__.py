@@ -3,8 +3,9 @@
 ``extract`` records what the routers do on your text, ``import_routing`` reads what a serving
 engine recorded, ``HSDL().fit`` finds groups of experts that work together across layers, ``mine``
 counts every pair and triplet, ``score`` and ``plan`` decide which experts to drop, ``mask`` tries a
-plan in memory, ``prune`` writes a smaller checkpoint, ``evaluate`` says what it cost and ``report``
-shows it all on one page. Each is also a command: ``moecollab --help``.
+plan in memory, ``prune`` writes a smaller checkpoint, ``evaluate`` says what it cost, ``compare``
+holds criteria against each other and ``report`` shows it all on one page. Each is also a command:
+``moecollab --help``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ __version__ = metadata.version("moecollab")
 if TYPE_CHECKING:
     from moecollab.criteria.scores import Scores, load_scores
     from moecollab.criteria.scoring import score
+    from moecollab.evaluation.comparing.comparison import Comparison, load_comparison
+    from moecollab.evaluation.comparing.running import compare
     from moecollab.evaluation.evaluation import Evaluation, evaluate, load_evaluation
     from moecollab.models.masking import mask
     from moecollab.patterns.coverage import coverage
@@ -24,34 +27,47 @@ if TYPE_CHECKING:
     from moecollab.patterns.mined import Mined, load_mined
     from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
-    from moecollab.pruning.planning import Plan, load_plan, plan
+    from moecollab.pruning.blending import blend
+    from moecollab.pruning.iteration import iterate
+    from moecollab.pruning.planning import plan
+    from moecollab.pruning.plans import Plan, load_plan
     from moecollab.pruning.pruning import prune
+    from moecollab.pruning.rankings import agreement
+    from moecollab.pruning.resampling import uncertainty
     from moecollab.record.activations import Activations, load_activations
     from moecollab.record.counts import RoutingCounts, load_counts
     from moecollab.record.extraction import extract
     from moecollab.record.imports.importing import import_routing
+    from moecollab.reporting.figures.comparisons import comparison_figure
     from moecollab.reporting.figures.sweeps import sweep_figure
     from moecollab.reporting.page import report
 
 _HOME = {
     "Activations": "record.activations",
     "Collaboration": "patterns.dictionary",
+    "Comparison": "evaluation.comparing.comparison",
     "Evaluation": "evaluation.evaluation",
     "HSDL": "patterns.dictionary",
     "Mined": "patterns.mined",
-    "Plan": "pruning.planning",
+    "Plan": "pruning.plans",
     "RoutingCounts": "record.counts",
     "Scores": "criteria.scores",
+    "compare": "evaluation.comparing.running",
+    "comparison_figure": "reporting.figures.comparisons",
+    "agreement": "pruning.rankings",
+    "blend": "pruning.blending",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
     "extract": "record.extraction",
     "import_routing": "record.imports.importing",
+    "iterate": "pruning.iteration",
     "load_activations": "record.activations",
     "load_collaboration": "patterns.dictionary",
+    "load_comparison": "evaluation.comparing.comparison",
     "load_counts": "record.counts",
     "load_evaluation": "evaluation.evaluation",
     "load_mined": "patterns.mined",
-    "load_plan": "pruning.planning",
+    "load_plan": "pruning.plans",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
     "match_atoms": "patterns.stability",
@@ -63,23 +79,31 @@ _HOME = {
     "score": "criteria.scoring",
     "stability": "patterns.stability",
     "sweep_figure": "reporting.figures.sweeps",
+    "uncertainty": "pruning.resampling",
 }
 
 __all__ = [
     "HSDL",
     "Activations",
     "Collaboration",
+    "Comparison",
     "Evaluation",
     "Mined",
     "Plan",
     "RoutingCounts",
     "Scores",
+    "agreement",
+    "blend",
+    "compare",
+    "comparison_figure",
     "coverage",
     "evaluate",
     "extract",
     "import_routing",
+    "iterate",
     "load_activations",
     "load_collaboration",
+    "load_comparison",
     "load_counts",
     "load_evaluation",
     "load_mined",
@@ -95,6 +119,7 @@ __all__ = [
     "score",
     "stability",
     "sweep_figure",
+    "uncertainty",
 ]
 
 

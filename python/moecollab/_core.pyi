@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 __all__ = [
     "caep_ranking",
     "count_sets",
+    "coverage_order",
     "encode",
     "encode_square",
     "fit_dictionary",
@@ -219,6 +220,37 @@ def caep_ranking(
     dict
         ``step``: 0 for a site below the threshold from the start, one more than there are live
         atoms for one that never falls; ``contribution``: e = D r before the fall.
+    """
+
+@type_check_only
+class Departures(TypedDict):
+    """Sites uint32 (n_sites,), the first to go first; the damage each adds, float64 by site."""
+
+    order: NDArray[np.uint32]
+    damage: NDArray[np.float64]
+
+def coverage_order(
+    rows: _SparseRows, n_sites: int, weight: NDArray[np.float64], power: float
+) -> Departures:
+    """In which order sites go, each time the one that adds least damage.
+
+    The damage of a row is w m xᵖ, with m the sum of its values and x the share that is lost.
+
+    Parameters
+    ----------
+    rows : _SparseRows
+        What depends on the sites.
+    n_sites : int
+        Number of sites.
+    weight : float64 array of shape (n_rows,)
+        Weight w of each row, finite and ≥ 0.
+    power : float
+        p, finite and ≥ 1. Whole powers up to 16 are ten times faster than others.
+
+    Returns
+    -------
+    dict
+        ``order``, of equal sites the larger first; ``damage``, which never falls along the order.
     """
 
 @type_check_only

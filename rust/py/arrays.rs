@@ -59,6 +59,12 @@ pub(crate) fn array<'py, T: Element>(
     })
 }
 
+/// A copy of a contiguous array of float64 with one axis.
+pub(crate) fn vector(argument: &Bound<PyAny>, name: &str) -> PyResult<Vec<f64>> {
+    let array = array::<f64>(argument, name)?;
+    Ok(view(&array, name, 1)?.to_vec())
+}
+
 /// The arrays of sparse rows, kept from changing while Rust reads them.
 pub(crate) struct Held<'py> {
     py: Python<'py>,

@@ -1,6 +1,7 @@
 //! The Python module `_core`: arrays in, plain dictionaries of arrays out.
 
 mod arrays;
+mod coverage;
 mod encoding;
 mod errors;
 mod fitting;
@@ -20,6 +21,8 @@ use crate::contribution::rank_contributions;
 mod _core {
     #[pymodule_export]
     use super::caep_ranking;
+    #[pymodule_export]
+    use super::coverage::coverage_order;
     #[pymodule_export]
     use super::encoding::encode;
     #[pymodule_export]

@@ -24,7 +24,7 @@ pub(crate) fn step_atoms<'py>(
     let (atoms, n_sites) = unit_atoms(atoms)?;
     let given = Given {
         rows: Held::new(rows)?.rows(n_sites)?,
-        weight: vector(weight, "weight")?,
+        weight: arrays::vector(weight, "weight")?,
         codes: Held::new(codes)?.rows(atoms.len())?,
         atoms,
     };
@@ -48,7 +48,7 @@ pub(crate) fn sum_square<'py>(
     let atoms = crate::py::square::atoms(atoms, n_sites)?;
     let held = Held::new(rows)?;
     let sheet = held.sheet(n_sites)?;
-    let weight = vector(weight, "weight")?;
+    let weight = arrays::vector(weight, "weight")?;
     check_weights("weight", &weight, sheet.len()).map_err(core)?;
     let codes = flat(&Held::new(codes)?.rows(atoms.n_rows())?);
     let share = py
@@ -83,11 +83,6 @@ fn width(atoms: &Bound<PyAny>) -> PyResult<usize> {
     let array = arrays::array::<f32>(atoms, "atoms")?;
     arrays::view(&array, "atoms", 2)?;
     Ok(array.shape()[1])
-}
-
-fn vector(argument: &Bound<PyAny>, name: &str) -> PyResult<Vec<f64>> {
-    let array = arrays::array::<f64>(argument, name)?;
-    Ok(arrays::view(&array, name, 1)?.to_vec())
 }
 
 /// Atoms in [0, 1] as lists, and their number of sites.

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from probed import SUBJECTS
 from synthetic import make_recorded
 
 import models
 from moecollab.criteria import get
 from moecollab.criteria.base import Needs
 from moecollab.criteria.scoring import score
+from moecollab.models.layout import Layout
+from moecollab.models.registry import register_layout, unregister_layout
 
 collect_ignore = ["register_busy_peak.py"]
 """Registers a criterion when it is imported, as its reader would."""
@@ -65,3 +68,16 @@ def scored(acts, fitted, model):
         return score(name, of, collaboration=patterns, **settings)
 
     return run
+
+
+@pytest.fixture
+def small_moe():
+    """A family of remote code, whose experts are a list of modules."""
+    register_layout(Layout(family="small_moe", count="n_routed_experts", capture="modules"))
+    yield
+    unregister_layout("small_moe")
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request, small_moe):
+    return SUBJECTS[request.param]()

@@ -38,7 +38,16 @@ UNCHANGED = (
 )
 """Criteria that a text read twice does not change."""
 
-TWICE = ("frequency", "gate_sum", "soft_routing", "ean_sum", "reap_sum", "easy_ep", "shapley")
+TWICE = (
+    "frequency",
+    "gate_sum",
+    "soft_routing",
+    "ean_sum",
+    "reap_sum",
+    "easy_ep",
+    "shapley",
+    "coverage",
+)
 """Criteria that a text read twice doubles."""
 
 NOT_RECORDED = tuple(
@@ -46,7 +55,7 @@ NOT_RECORDED = tuple(
 )
 """Criteria that read a model, or nothing."""
 
-RANKED = ("caep", "caep_composed", "ecc", "ets", "ranked_choice")
+RANKED = ("caep", "caep_composed", "ecc", "ets", "naee", "ranked_choice")
 """Criteria that order experts, of equals by id."""
 
 OF_SUMS = tuple(
@@ -103,7 +112,9 @@ def test_relabelled_experts_get_relabelled_scores(scored, name, recorded, tmp_pa
     order = [3, 5, 0, 1, 4, 2]
     other = recorded.relabelled(order).save(tmp_path / "other")
     found = scored(name, other, _relabelled_model(order))
-    np.testing.assert_allclose(found.values, scored(name).values[:, order], rtol=1e-6, atol=1e-9)
+    runs = Needs.MODEL in criteria.get(name).needs  # its sums over experts round by their order
+    close = {"rtol": 1e-4, "atol": 1e-6} if runs else {"rtol": 1e-6, "atol": 1e-9}
+    np.testing.assert_allclose(found.values, scored(name).values[:, order], **close)
 
 
 def _relabelled_model(order):
@@ -133,7 +144,7 @@ def test_cutting_the_table_into_batches_changes_nothing(name, recorded, collabor
     np.testing.assert_allclose(first, second, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["shapley", "ranked_choice"])
+@pytest.mark.parametrize("name", ["shapley", "ranked_choice", "coverage"])
 def test_order_of_tokens_changes_nothing(name, scored, recorded, tmp_path):
     """Within a sample, since samples are in order in a recording."""
     shuffled = np.lexsort((np.random.default_rng(0).random(len(recorded.sample)), recorded.sample))

@@ -19,6 +19,11 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Batch = Annotated[int, typer.Option(help="Windows run at once")]
 
 
+def say(what: object) -> None:
+    """One line on stdout: what was made."""
+    typer.echo(" ".join(str(what).split()))
+
+
 def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
     """Whole numbers between commas."""
     if text is None:
@@ -27,6 +32,14 @@ def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(int(number) for number in text.split(","))
     except ValueError as cause:
         raise SettingsError(name, text, "whole numbers between commas, such as 64,128") from cause
+
+
+def decimals(name: str, text: str) -> list[float]:
+    """Numbers between commas."""
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError as cause:
+        raise SettingsError(name, text, "numbers between commas, such as 100,300") from cause
 
 
 def sums(asked: str) -> list[str]:

@@ -9,6 +9,7 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.cli.options import decimals
 from moecollab.errors import SettingsError
 from moecollab.manifest import new_folder
 
@@ -39,10 +40,10 @@ def sweep(  # noqa: PLR0913 (one parameter per option)
     """
     grid: dict[str, list[object]] = {}
     if atoms:
-        grid["atoms"] = [tuple(int(n) for n in _numbers("atoms", text)) for text in atoms]
+        grid["atoms"] = [tuple(int(n) for n in decimals("atoms", text)) for text in atoms]
     for name, text in (("sparsity", sparsity), ("reconstruction", reconstruction)):
         if text is not None:
-            grid[name] = list(_numbers(name, text))
+            grid[name] = list(decimals(name, text))
     if not grid:
         raise SettingsError("grid", "empty", "given: --atoms, --sparsity or --reconstruction")
     hsdl = mc.HSDL(rows=rows, weights=weights, threads=threads)
@@ -58,10 +59,3 @@ def sweep(  # noqa: PLR0913 (one parameter per option)
     typer.echo(
         f"{out}: {len(found)} fits; least held-out error {best['held_out_error']:.3f} with {chosen}"
     )
-
-
-def _numbers(name: str, text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError as cause:
-        raise SettingsError(name, text, "numbers between commas, such as 100,300") from cause

@@ -11,6 +11,8 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.cli.comparing import compare
+from moecollab.cli.deciding import agreement, blend, plan, uncertainty
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -25,13 +27,10 @@ from moecollab.cli.options import (
     say_context,
     sums,
 )
+from moecollab.cli.options import say as _say
+from moecollab.cli.rounds import iterate
 from moecollab.cli.studies import sweep
 from moecollab.manifest import refuse_existing
-
-
-def _say(what: object) -> None:
-    """One line on stdout: what was made."""
-    typer.echo(" ".join(str(what).split()))
 
 
 def extract(  # noqa: PLR0913 (one parameter per option)
@@ -46,6 +45,9 @@ def extract(  # noqa: PLR0913 (one parameter per option)
     context: Context = 512,
     batch_size: Batch = 8,
     seed: Seed = 0,
+    folds: Annotated[
+        int, typer.Option(help="Parts of the text summed apart too, to resample; 0 for none")
+    ] = 0,
     dtype: Dtype = "auto",
     layer_by_layer: Annotated[
         bool,
@@ -78,6 +80,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             context=context,
             batch_size=batch_size,
             seed=seed,
+            folds=folds,
             dtype=dtype,
             layer_by_layer=layer_by_layer,
             hidden_gb=hidden_gb,
@@ -206,6 +209,9 @@ def score(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Option(help="Text for criteria that run the model")
     ] = None,
     collaboration: Annotated[Path | None, typer.Option(help="Folder made by fit")] = None,
+    domains: Annotated[
+        str | None, typer.Option(help="Domains of the text to score by: law,code")
+    ] = None,
     drop: Annotated[
         float, typer.Option(help="Share you mean to drop; sets CAEP's threshold")
     ] = 0.25,
@@ -224,29 +230,13 @@ def score(  # noqa: PLR0913 (one parameter per option)
         model=model,
         corpus=corpus,
         collaboration=collaboration,
+        domains=domains,
         drop=drop,
         tokens=tokens,
         seed=seed,
         out=out,
         overwrite=overwrite,
     )
-    _say(f"{out}: {found!r}")
-
-
-def plan(
-    scores: Annotated[Path, typer.Argument(help="File made by score")],
-    drop: Annotated[float, typer.Option(help="Share of the experts to drop, in [0, 1)")],
-    out: Out,
-    per: Annotated[
-        Literal["layer", "model"], typer.Option(help="The same share in each layer, or overall")
-    ] = "layer",
-    overwrite: Overwrite = False,
-) -> None:
-    """Decides which experts to drop.
-
-    Example: moecollab plan run/scores/caep.parquet --drop 0.25 --out run/plan.json
-    """
-    found = mc.plan(scores, drop=drop, per=per, out=out, overwrite=overwrite)
     _say(f"{out}: {found!r}")
 
 
@@ -367,10 +357,15 @@ VERBS: tuple[Callable[..., None], ...] = (
     sweep,
     mine,
     score,
+    uncertainty,
+    agreement,
+    blend,
     plan,
+    iterate,
     mask,
     prune,
     evaluate,
+    compare,
     report,
     demo,
     criteria,

@@ -5,7 +5,17 @@ from __future__ import annotations
 from functools import reduce
 from operator import or_
 
-from moecollab.criteria import caep, channels, outputs, pairs, routing, tokens, weights
+from moecollab.criteria import (
+    caep,
+    channels,
+    coverage,
+    outputs,
+    pairs,
+    probes,
+    routing,
+    tokens,
+    weights,
+)
 from moecollab.criteria.base import Criterion, Needs, groups_of
 from moecollab.errors import SettingsError, unknown_name
 
@@ -76,6 +86,6 @@ def collects(*wanted: str) -> tuple[str, ...]:
     return groups_of(reduce(or_, (get(name).needs for name in wanted), Needs.NOTHING))
 
 
-_FAMILIES = (routing, outputs, channels, pairs, tokens, weights, caep)
+_FAMILIES = (routing, outputs, channels, pairs, tokens, weights, caep, coverage, probes)
 for _criterion in (one for family in _FAMILIES for one in family.CRITERIA):
     register(_criterion)

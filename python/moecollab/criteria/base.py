@@ -80,6 +80,10 @@ KINDS: dict[str, Needs] = {
 """Kinds of criteria, and the needs by which the first that fits is told."""
 
 
+SUMMED = (Needs.ROUTING_WEIGHTS | _OUTPUTS | _ROUTING | Needs.WEIGHTS) & ~Needs.PREFERENCES
+"""Needs that sums of any tokens answer, or parameters; criteria of others read the recording."""
+
+
 def groups_of(needs: Needs) -> tuple[str, ...]:
     """Groups of sums that answer some needs; see :data:`moecollab.record.sums.GROUPS`."""
     return tuple(dict.fromkeys(group for need, group in _GROUP.items() if need in needs))

@@ -14,11 +14,20 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from moecollab.criteria.spread import ARRAYS, Spread
 from moecollab.errors import DataError, SchemaError, ShapeError
 from moecollab.manifest import check_manifest, manifest, write_bytes
+from moecollab.models.groups import RouterGroups, groups_from_json
 
 KIND, FORMAT = "scores", 1
-COLUMNS = {"layer": pl.UInt32, "expert": pl.UInt16, "score": pl.Float64, "count": pl.Int64}
+COLUMNS: dict[str, Any] = {
+    "layer": pl.UInt32,
+    "expert": pl.UInt16,
+    "score": pl.Float64,
+    "count": pl.Int64,
+}
+
+SPREAD_COLUMNS: dict[str, Any] = dict.fromkeys(ARRAYS, pl.Float64)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,6 +50,10 @@ class Scores:
         Digest of the activations they were computed from, if there were any.
     settings : mapping
         What else they depend on, such as the seed.
+    groups : RouterGroups, optional
+        Groups that the routers choose among, of which plans must keep equal numbers.
+    spread : Spread, optional
+        How far they would vary with other documents; :func:`moecollab.uncertainty` finds it.
     """
 
     criterion: str
@@ -50,6 +63,8 @@ class Scores:
     top_k: int
     activations: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    groups: RouterGroups | None = None
+    spread: Spread | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Checks shapes and finiteness, and makes the arrays read-only."""
@@ -65,6 +80,11 @@ class Scores:
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         self._check_content()
+        if self.spread is not None and self.spread.low.shape != self.values.shape:
+            raise ShapeError(
+                f"the spread has shape {self.spread.low.shape}, but the scores "
+                f"{self.values.shape}; resample these scores"
+            )
 
     def _check_content(self) -> None:
         if self.counts.shape != self.values.shape or not self.values.size:
@@ -109,22 +129,27 @@ class Scores:
         return tuple((self.layers[row], expert) for row, expert in where)
 
     def table(self) -> pl.DataFrame:
-        """One row per expert with columns layer, expert, score and count."""
-        return pl.DataFrame(
-            {
-                "layer": np.repeat(np.asarray(self.layers), self.n_experts),
-                "expert": np.tile(np.arange(self.n_experts), self.n_layers),
-                "score": self.values.ravel(),
-                "count": self.counts.ravel(),
-            },
-            schema=COLUMNS,
-        )
+        """One row per expert: layer, expert, score, count and, if known, their spread."""
+        columns = {
+            "layer": np.repeat(np.asarray(self.layers), self.n_experts),
+            "expert": np.tile(np.arange(self.n_experts), self.n_layers),
+            "score": self.values.ravel(),
+            "count": self.counts.ravel(),
+        }
+        if self.spread is None:
+            return pl.DataFrame(columns, schema=COLUMNS)
+        more = {name: value.ravel() for name, value in self.spread.arrays().items()}
+        return pl.DataFrame(columns | more, schema=COLUMNS | SPREAD_COLUMNS)
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the table as Parquet, with all else in the file's metadata."""
         inputs = {} if self.activations is None else {"activations": self.activations}
         about = manifest(KIND, FORMAT, settings=self.settings, inputs=inputs)
         about |= {"criterion": self.criterion, "top_k": self.top_k}
+        if self.groups is not None:
+            about["router_groups"] = self.groups.as_json()
+        if self.spread is not None:
+            about["spread"] = self.spread.about()
         buffer = io.BytesIO()
         self.table().write_parquet(buffer, metadata={"moecollab": json.dumps(about)})
         write_bytes(Path(path), buffer.getvalue(), overwrite=overwrite)
@@ -132,6 +157,8 @@ class Scores:
     def __repr__(self) -> str:
         n_unrouted = len(self.unrouted)
         noted = f"; {n_unrouted} never routed" if n_unrouted else ""
+        if self.spread is not None:
+            noted += f"; resamples keep {100 * self.spread.stability:.0f} % the same"
         return (
             f"Scores({self.criterion}: {self.n_layers} layers × {self.n_experts} experts, "
             f"{self.values.min():.4g} to {self.values.max():.4g}{noted})"
@@ -162,12 +189,26 @@ def load_scores(path: str | PathLike[str]) -> Scores:
             top_k=int(about["top_k"]),
             activations=about["inputs"].get("activations"),
             settings=about["settings"],
+            groups=groups_from_json(about.get("router_groups")),
+            spread=_spread(table, shape, about.get("spread")),
         )
     except (KeyError, TypeError, ValueError) as cause:
         raise DataError(f"{file} is incomplete ({cause}); score again") from cause
     if not scores.table().equals(table):
         raise DataError(f"{file} lacks or repeats experts; score again")
     return scores
+
+
+def _spread(
+    table: pl.DataFrame, shape: tuple[int, int], about: Mapping[str, Any] | None
+) -> Spread | None:
+    """The spread in a table, if there is one."""
+    if about is None:
+        return None
+    arrays: dict[str, Any] = {
+        name: table[name].to_numpy().reshape(shape) for name in SPREAD_COLUMNS
+    }
+    return Spread(**arrays, **about)
 
 
 def _read(file: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
@@ -179,7 +220,8 @@ def _read(file: Path) -> tuple[pl.DataFrame, dict[str, Any]]:
         table = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError, ValueError) as cause:
         raise DataError(f"{file} is not a readable Parquet file; score again") from cause
-    if not isinstance(about, dict) or dict(table.schema) != COLUMNS:
+    known = COLUMNS | (SPREAD_COLUMNS if isinstance(about, dict) and "spread" in about else {})
+    if not isinstance(about, dict) or dict(table.schema) != known:
         expected = ", ".join(f"{name} {dtype}" for name, dtype in COLUMNS.items())
         raise SchemaError(f"{file} is not a file of scores; expected columns {expected}")
     return table, about

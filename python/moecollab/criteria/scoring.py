@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab import criteria
-from moecollab.criteria.base import Criterion, Evidence, Needs, check_needs, needs_of
+from moecollab.criteria.base import SUMMED, Criterion, Evidence, Needs, check_needs, needs_of
 from moecollab.criteria.probe import Shape, Text, check_same, read_probe
 from moecollab.criteria.scores import Scores
 from moecollab.errors import MissingInputError, SettingsError, ShapeError, StaleInputError
@@ -21,6 +22,7 @@ from moecollab.record.counts import RoutingCounts, open_recorded
 from moecollab.record.tallies import Tallies
 
 if TYPE_CHECKING:
+    from moecollab.models.groups import RouterGroups
     from moecollab.models.loading import ModelLike
     from moecollab.models.weights import ExpertWeights
     from moecollab.patterns.dictionary import Collaboration
@@ -33,6 +35,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
     model: ModelLike | None = None,
     corpus: Text | None = None,
     collaboration: Collaboration | str | PathLike[str] | None = None,
+    domains: str | Sequence[str] | None = None,
     drop: float = 0.25,
     tokens: int | None = None,
     seed: int = 0,
@@ -54,6 +57,9 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         Text for criteria that run the model, or token ids of windows.
     collaboration : Collaboration or path, optional
         Patterns fitted on these activations, for criteria that need them.
+    domains : str or sequence of str, optional
+        Domains of the text to score by, such as "law,code"; all if None. For criteria that read
+        sums alone; :func:`moecollab.blend` puts scores of several domains together.
     drop : float
         Fraction of experts that will go, in [0, 1). Only criteria whose ranking depends on it, such
         as ``caep``, look at it; pass the one that ``plan`` will get.
@@ -86,7 +92,8 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
     check_needs(chosen, given | _recorded(acts))
     weights = _weights(model) if acts is None or Needs.WEIGHTS in chosen.needs else None
     shape = _shape(acts, weights)
-    total, by_domain = _sums(acts, shape)
+    chosen_domains = _domains(chosen, acts, domains)
+    total, by_domain = _sums(acts, shape, chosen_domains)
     evidence = Evidence(
         tallies=total,
         by_domain=by_domain,
@@ -101,12 +108,14 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         evidence = _with_runs(evidence, shape, model, corpus, tokens)
     scores = Scores(
         criterion=criterion,
-        values=_checked(chosen, chosen.function(evidence), evidence.shape),
+        values=_checked(chosen, _values(chosen, evidence), evidence.shape),
         counts=evidence.tallies.count.astype(np.int64),
         layers=shape.layers,
         top_k=shape.top_k,
         activations=None if acts is None else acts.digest(),
-        settings=_settings(chosen, evidence, model),
+        settings=_settings(chosen, evidence, model)
+        | ({} if chosen_domains is None else {"domains": chosen_domains}),
+        groups=_groups(acts, weights),
     )
     if out is not None:
         scores.save(out, overwrite=overwrite)
@@ -161,12 +170,44 @@ def _shape(acts: Activations | RoutingCounts | None, weights: ExpertWeights | No
     return found
 
 
-def _sums(acts: Activations | RoutingCounts | None, shape: Shape) -> tuple[Tallies, Tallies | None]:
+def _groups(
+    acts: Activations | RoutingCounts | None, weights: ExpertWeights | None
+) -> RouterGroups | None:
+    """Groups of the routers, from the recording or else from the model."""
+    if weights is not None:
+        from moecollab.models.groups import router_groups
+
+        return router_groups(weights.layers[0])
+    return None if acts is None else acts.router_groups
+
+
+def _domains(
+    criterion: Criterion,
+    acts: Activations | RoutingCounts | None,
+    asked: str | Sequence[str] | None,
+) -> list[str] | None:
+    """The domains that were asked for, if the criterion can be restricted to some."""
+    if asked is None:
+        return None
+    names = asked.split(",") if isinstance(asked, str) else asked
+    wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if acts is None or not wanted:
+        raise SettingsError("domains", asked, "some of those that were recorded")
+    if criterion.needs & ~SUMMED:
+        raise SettingsError(
+            "domains", asked, f"left out: {criterion.name} reads more than sums by domain"
+        )
+    return wanted
+
+
+def _sums(
+    acts: Activations | RoutingCounts | None, shape: Shape, domains: Sequence[str] | None
+) -> tuple[Tallies, Tallies | None]:
     """The sums over all domains, and by domain; zero counts where nothing was recorded."""
     if acts is None:
         size = len(shape.layers), shape.n_experts
         return Tallies.zeros(("",), *size, groups=("routing",)).total(), None
-    found = acts.tallies()
+    found = acts.tallies() if domains is None else acts.tallies().select(domains)
     return found.total(), found
 
 
@@ -180,7 +221,21 @@ def _with_runs(
     loaded, tokenizer = load_model(model)
     check_same(shape, Shape.of_model(find_moe_layers(loaded)))
     probe = read_probe(corpus, loaded, tokenizer, tokens, evidence.seed)
-    return replace(evidence, model=loaded.eval(), probe=probe)
+    return replace(evidence, model=loaded, probe=probe)
+
+
+def _values(criterion: Criterion, evidence: Evidence) -> NDArray[np.float64]:
+    """What the criterion gives, with the model in evaluation mode meanwhile."""
+    model = evidence.model
+    if model is None or not model.training:
+        return criterion.function(evidence)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return criterion.function(evidence)
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _settings(

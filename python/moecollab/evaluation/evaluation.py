@@ -208,7 +208,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
         raise MissingInputError("there is nothing to measure; give a corpus, tasks or both")
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
-    from moecollab.evaluation.perplexity import document_losses, window_of
+    from moecollab.evaluation.perplexity import HeldOut, document_losses, window_of
     from moecollab.evaluation.subject import open_subject
     from moecollab.record.corpus import read_corpus
 
@@ -218,9 +218,9 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     window = window_of(subject.model.config, context)
     documents, skipped = None, 0
     if text is not None:
-        documents, skipped = document_losses(
-            subject.model, subject.tokenizer, text, context=window, batch_size=batch_size
-        )
+        held_out = HeldOut.read(subject.tokenizer, text, window)
+        documents = document_losses(subject.model, held_out, batch_size=batch_size)
+        skipped = held_out.skipped
     results: tuple[TaskResult, ...] = ()
     if chosen is not None:
         results = run_tasks(

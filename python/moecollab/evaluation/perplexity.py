@@ -28,54 +28,89 @@ class Window:
     ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Text to measure the loss on, tokenised and cut once for any number of models.
+
+    Parameters
+    ----------
+    corpus : Corpus
+        Documents with domains.
+    windows : tuple of Window
+        What is run: windows of the context's length that overlap by one, so that each token of a
+        document but the first is predicted once.
+    tokens : tuple of int
+        Predicted tokens of each document; below 1 for one that predicts nothing.
+    """
+
+    corpus: Corpus
+    windows: tuple[Window, ...]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def read(cls, tokenizer: Any, corpus: Corpus, context: int) -> HeldOut:  # noqa: ANN401
+        """Tokenises a corpus; special tokens are added once, at each document's start.
+
+        Parameters
+        ----------
+        tokenizer : tokenizer
+            The model's own.
+        corpus : Corpus
+            Documents with domains.
+        context : int
+            Tokens per window, at least 2.
+
+        Raises
+        ------
+        DataError
+            When no document has two tokens.
+        """
+        ids = [encode(tokenizer, document.text) for document in corpus.documents]
+        windows = tuple(
+            window for row, tokens in enumerate(ids) for window in cut(row, tokens, context)
+        )
+        if not windows:
+            raise DataError("no document of the corpus has two tokens; give longer text")
+        return cls(corpus, windows, tuple(len(tokens) - 1 for tokens in ids))
+
+    @property
+    def skipped(self) -> int:
+        """Documents of fewer than two tokens, which have no row."""
+        return sum(size < 1 for size in self.tokens)
+
+
 def document_losses(
     model: Any,  # noqa: ANN401 (any causal language model)
-    tokenizer: Any,  # noqa: ANN401 (any tokenizer)
-    corpus: Corpus,
+    text: HeldOut,
     *,
-    context: int,
     batch_size: int,
-) -> tuple[pl.DataFrame, int]:
-    """Loss of every document, and how many were too short to predict anything.
-
-    A document is read in windows of `context` tokens that overlap by one, so that each token but
-    the first is predicted once. Logits are taken to float32 and losses added in float64. The
-    tokenizer adds its special tokens once, at the document's start.
+) -> pl.DataFrame:
+    """Loss of every document; logits are taken to float32 and losses added in float64.
 
     Parameters
     ----------
     model : causal language model
         Left as it was, hooks and training mode included.
-    tokenizer : tokenizer
-        The model's own.
-    corpus : Corpus
-        Documents with domains.
-    context : int
-        Tokens per window, at least 2.
+    text : HeldOut
+        Text in the model's own tokens.
     batch_size : int
         Windows per forward pass, at least 1. It may change the model's own rounding only.
 
     Returns
     -------
-    documents : DataFrame
+    DataFrame
         Columns document, domain, tokens (predicted ones) and nll (their loss in nats, summed), in
-        the order of the corpus.
-    skipped : int
-        Documents of fewer than two tokens, which have no row.
+        the order of the corpus; documents that predict nothing have no row.
 
     Raises
     ------
     DataError
-        When no document has two tokens, or a loss is not finite.
+        When a loss is not finite.
     """
-    ids = [encode(tokenizer, document.text) for document in corpus.documents]
-    windows = [window for row, tokens in enumerate(ids) for window in cut(row, tokens, context)]
-    if not windows:
-        raise DataError("no document of the corpus has two tokens; give longer text")
-    nll = _window_losses(model, windows, batch_size)
-    total = np.zeros(len(ids), dtype=np.float64)
-    np.add.at(total, [window.document for window in windows], nll)
-    return _table(corpus, [len(tokens) - 1 for tokens in ids], total)
+    nll = _window_losses(model, text.windows, batch_size)
+    total = np.zeros(len(text.tokens), dtype=np.float64)
+    np.add.at(total, [window.document for window in text.windows], nll)
+    return _table(text, total)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401 (any tokenizer)
@@ -101,7 +136,11 @@ def window_of(config: Any, context: int) -> int:  # noqa: ANN401 (any model conf
     return min(context, getattr(text_config, "max_position_embeddings", None) or context)
 
 
-def _window_losses(model: Any, windows: list[Window], batch_size: int) -> NDArray[np.float64]:  # noqa: ANN401
+def _window_losses(
+    model: Any,  # noqa: ANN401 (any causal language model)
+    windows: Sequence[Window],
+    batch_size: int,
+) -> NDArray[np.float64]:
     """Loss in nats of each window: float64 array of shape (n_windows,)."""
     order = sorted(range(len(windows)), key=lambda row: -len(windows[row].ids))  # stable
     losses = np.zeros(len(windows), dtype=np.float64)
@@ -141,9 +180,10 @@ def _sequence_loss(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return float(losses.double().sum())
 
 
-def _table(corpus: Corpus, tokens: list[int], nll: NDArray[np.float64]) -> tuple[pl.DataFrame, int]:
-    """The documents' table and the number of documents that are not in it."""
-    for document, loss in zip(corpus.documents, nll, strict=True):
+def _table(text: HeldOut, nll: NDArray[np.float64]) -> pl.DataFrame:
+    """The documents' table."""
+    documents = text.corpus.documents
+    for document, loss in zip(documents, nll, strict=True):
         if not np.isfinite(loss):
             raise DataError(
                 f"the loss on document {document.id!r} is {loss}; look for NaN in the model's "
@@ -151,12 +191,11 @@ def _table(corpus: Corpus, tokens: list[int], nll: NDArray[np.float64]) -> tuple
             )
     whole = pl.DataFrame(
         {
-            "document": [document.id for document in corpus.documents],
-            "domain": [document.domain for document in corpus.documents],
-            "tokens": tokens,
+            "document": [document.id for document in documents],
+            "domain": [document.domain for document in documents],
+            "tokens": text.tokens,
             "nll": nll,
         },
         schema=SCHEMA,
     )
-    found = whole.filter(pl.col("tokens") > 0)
-    return found, whole.height - found.height
+    return whole.filter(pl.col("tokens") > 0)

@@ -10,6 +10,7 @@ from typing import Protocol, TypeAlias
 
 from moecollab.errors import PlanError, SchemaError, UnsupportedModelError
 from moecollab.manifest import read_json
+from moecollab.models.groups import router_groups
 from moecollab.models.routing import MoeLayer
 
 
@@ -143,24 +144,19 @@ def _check_layer(keep: Keep, layer: MoeLayer) -> None:
 
 
 def _check_groups(kept: tuple[int, ...], layer: MoeLayer) -> None:
-    """Nothing upstream checks this: unequal groups run, and choose other experts."""
-    router = layer.router
-    n_groups = getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1
-    if n_groups == 1 or getattr(router, "topk_method", "") == "greedy":
+    """Refuses what no router of groups can do with; see RouterGroups."""
+    groups = router_groups(layer)
+    if groups is None:
         return
-    size = layer.n_experts // n_groups
-    counts = [sum(expert // size == group for expert in kept) for group in range(n_groups)]
-    chosen = getattr(router, "topk_group", None) or n_groups
+    size = layer.n_experts // groups.count
+    counts = [sum(expert // size == group for expert in kept) for group in range(groups.count)]
     if len(set(counts)) > 1:
         raise PlanError(
-            f"layer {layer.layer} keeps {counts} experts in its {n_groups} router groups; "
+            f"layer {layer.layer} keeps {counts} experts in its {groups.count} router groups; "
             "a group-limited router needs the same number in every group"
         )
-    # A router with a `topk_method` scores a group by its best expert, the others by the best two.
-    scored_by = 1 if hasattr(router, "topk_method") else 2
-    if counts[0] < scored_by or counts[0] * chosen < layer.top_k:
+    if counts[0] < groups.least:
         raise PlanError(
-            f"layer {layer.layer} keeps {counts[0]} experts in each router group, but groups are "
-            f"scored by {scored_by} and a token selects top_k={layer.top_k} from {chosen} groups; "
-            "drop fewer experts"
+            f"layer {layer.layer} keeps {counts[0]} experts in each router group, but the router "
+            f"needs {groups.least} in each to select top_k={layer.top_k}; drop fewer experts"
         )

@@ -14,17 +14,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from moecollab.errors import DataError
+from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.manifest import read_json
 from moecollab.models.keep import Keep, check_keep, keep_from_json
 from moecollab.models.remap import remap
 from moecollab.models.routing import MoeLayer, find_moe_layers
-from moecollab.models.slicing import Change, slice_router, undo
+from moecollab.models.slicing import Change, replace_tensor, router_rows, slice_router, undo
 
 MASK_FILE = "moecollab.json"
+CHOICE_BIAS = "e_score_correction_bias"
+"""What routers add to their scores to choose by, and not to weigh."""
+
 MASKED = "masked model"
 PRUNED = "pruned model"
 
@@ -93,6 +97,34 @@ def layer_masked(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
     finally:
         handle.remove()
         undo(changes)
+
+
+@contextmanager
+def layer_barred(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
+    """Bars all but some experts of one layer by the bias that its router adds to choose.
+
+    For trials: unlike a mask, it leaves the router's groups as large as they were. Experts are
+    chosen nevertheless where a token's groups hold too few others.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When the router has no such bias.
+    """
+    found = [row for row in router_rows(layer) if row[1] == CHOICE_BIAS]
+    if not found:
+        raise UnsupportedModelError(
+            f"the router of layer {layer.layer} chooses by groups of experts and has no "
+            f"{CHOICE_BIAS}, so no expert can be hidden by itself"
+        )
+    owner, name, value = found[0]
+    barred = torch.full_like(value.detach(), -torch.inf)
+    barred[..., list(kept)] = value.detach()[..., list(kept)]
+    change = replace_tensor(owner, name, barred)
+    try:
+        yield
+    finally:
+        change.undo()
 
 
 def kept_of(path: str | PathLike[str]) -> Keep | None:

@@ -63,7 +63,7 @@ class Replay:
         call = _Call(self, number, before, check=number not in self._checked)
         with ExitStack() as stack:
             for place, layer in enumerate(self.layers):
-                stack.enter_context(_instead(layer, call.stand_in(place, layer.forward)))
+                stack.enter_context(instead(layer, call.stand_in(place, layer.forward)))
             with suppress(_Left):
                 forward()
         if call.next < len(self.layers) and not call.left:
@@ -127,7 +127,7 @@ class _Call:
 
 
 @contextmanager
-def _instead(layer: nn.Module, forward: Callable[..., Given]) -> Iterator[None]:
+def instead(layer: nn.Module, forward: Callable[..., Given]) -> Iterator[None]:
     """Another forward for a layer while the block runs."""
     own = layer.__dict__.get("forward")
     layer.__dict__["forward"] = forward

@@ -64,7 +64,7 @@ def slice_router(layer: MoeLayer, kept: Sequence[int], *, block: bool = True) ->
         )
     extra = _entries(rows[0][2]) - layer.n_experts
     for owner, name, value in rows:
-        changes.append(_replace_tensor(owner, name, _picked(value, layer.n_experts, kept)))
+        changes.append(replace_tensor(owner, name, _picked(value, layer.n_experts, kept)))
     owners = [*layer.router.modules(), *(owner for owner, _, _ in rows)]
     if block:
         owners.append(layer.block)
@@ -102,7 +102,7 @@ def slice_experts(layer: MoeLayer, kept: Sequence[int]) -> list[Change]:
             cut = _picked(value.detach().reshape(shape), layer.n_experts, kept)
             if layer.layout.flat:
                 cut = cut.reshape(-1, *value.shape[1:])
-            changes.append(_replace_tensor(module, name, cut))
+            changes.append(replace_tensor(module, name, cut))
     return changes + _recount([*experts.modules()], layer.n_experts, len(kept), 0)
 
 
@@ -118,7 +118,8 @@ def _picked(value: Tensor, n_experts: int, kept: Sequence[int]) -> Tensor:
     return value.detach().index_select(0 if value.shape[0] == total else 1, index)
 
 
-def _replace_tensor(owner: nn.Module, name: str, value: Tensor) -> Change:
+def replace_tensor(owner: nn.Module, name: str, value: Tensor) -> Change:
+    """Puts another tensor in the place of a parameter or buffer."""
     is_parameter = name in owner._parameters
     store: dict[str, Any] = vars(owner)["_parameters" if is_parameter else "_buffers"]
     before: Tensor = store[name]

@@ -72,7 +72,7 @@ class StreamedModel:
             wanted = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
             self.model = skeleton(config, dtype=wanted or checkpoint.dtype).eval()
         self.model.name_or_path = self.path
-        self.places = _decoder_layers(self.model)
+        self.places = decoder_layers(self.model)
         layers = find_moe_layers(self.model)
         self._moe = {layer.layer: layer for layer in layers}
         self._keep = None if masked is None else masked[1]
@@ -232,7 +232,7 @@ class StreamedModel:
         self.model.initialize_weights()
 
 
-def _decoder_layers(model: nn.Module) -> str:
+def decoder_layers(model: nn.Module) -> str:
     """Name of the list of decoder layers, which is the one with the MoE layers."""
     layer = find_moe_layers(model)[0]
     name = re.split(rf"\.{layer.layer}(?:\.|$)", layer.name)[0]

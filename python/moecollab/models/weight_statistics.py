@@ -72,7 +72,11 @@ def largest_singular(matrix: Tensor) -> float:
 
 def cosine_sums(layer: MoeLayer) -> NDArray[np.float64]:
     """Σ over the other experts of the cosine between all entries of two: (n_experts,)."""
-    experts = expert_matrices(layer)
+    return matrix_cosines(expert_matrices(layer))
+
+
+def matrix_cosines(experts: list[list[Tensor]]) -> NDArray[np.float64]:
+    """The same of any matrices, by expert: (n_experts,)."""
     total = sum(_direction(own) for own in experts)
     found = [float((_direction(own) * total).sum(dtype=torch.float64)) for own in experts]
     own = [float(_direction(own).square().sum(dtype=torch.float64)) for own in experts]

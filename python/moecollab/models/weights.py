@@ -69,8 +69,17 @@ class ExpertWeights:
                 yield layer
 
 
-def expert_matrices(layer: MoeLayer) -> list[list[Tensor]]:
+def expert_matrices(
+    layer: MoeLayer, read: Callable[[Tensor], Tensor] = Tensor.detach
+) -> list[list[Tensor]]:
     """Weight matrices of every expert, as they are stored, without biases.
+
+    Parameters
+    ----------
+    layer : MoeLayer
+        The layer.
+    read : callable
+        What is read of a parameter: its value, or another tensor of its shape.
 
     Raises
     ------
@@ -80,11 +89,9 @@ def expert_matrices(layer: MoeLayer) -> list[list[Tensor]]:
     experts = layer.experts
     found: list[list[Tensor]]
     if isinstance(experts, nn.ModuleList):
-        found = [
-            [value.detach() for value in one.parameters() if value.dim() > 1] for one in experts
-        ]
+        found = [[read(value) for value in one.parameters() if value.dim() > 1] for one in experts]
     else:
-        stacks = [_stack(layer, path) for path in layer.layout.tensors]
+        stacks = [_stack(layer, path, read) for path in layer.layout.tensors]
         whole = [stack for stack in stacks if stack is not None]
         found = [[stack[expert] for stack in whole] for expert in range(layer.n_experts)]
     if not all(one and all(value.is_floating_point() for value in one) for one in found):
@@ -95,14 +102,14 @@ def expert_matrices(layer: MoeLayer) -> list[list[Tensor]]:
     return found
 
 
-def _stack(layer: MoeLayer, path: str) -> Tensor | None:
+def _stack(layer: MoeLayer, path: str, read: Callable[[Tensor], Tensor]) -> Tensor | None:
     """One tensor of a container as (n_experts, …, …), or None if it is no stack of matrices."""
     parent, _, name = path.rpartition(".")
     value = getattr(layer.experts.get_submodule(parent), name, None)
     if not isinstance(value, Tensor):
         return None
     shape = (layer.n_experts, -1, *value.shape[1:]) if layer.layout.flat else value.shape
-    return value.detach().reshape(shape) if len(shape) > 2 else None
+    return read(value).reshape(shape) if len(shape) > 2 else None
 
 
 def router_matrix(layer: MoeLayer) -> Tensor:

@@ -1,192 +1,91 @@
-"""Plans: which experts stay under a budget, and nothing else."""
+"""Planning: which experts stay under a budget."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.criteria.scores import Scores, load_scores
-from moecollab.errors import DataError, MissingInputError, PlanError, SettingsError, ShapeError
-from moecollab.manifest import check_manifest, manifest, read_json, refuse_existing, write_json
+from moecollab.errors import DataError, PlanError, SettingsError
+from moecollab.manifest import refuse_existing
+from moecollab.models.groups import RouterGroups
+from moecollab.pruning.allocation import Allocation
+from moecollab.pruning.budgets import AMOUNTS, Budget, Per
+from moecollab.pruning.plans import Plan, grouped
+from moecollab.pruning.sites import Named, Sites, kept_ids, read_sites, site_mask
+from moecollab.pruning.units import Units, make_units
 
-KIND, FORMAT = "plan", 1
-Per: TypeAlias = Literal["layer", "model"]
-Sites: TypeAlias = Mapping[int, Iterable[int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which experts stay in each layer, and why.
-
-    Parameters
-    ----------
-    keep : dict of int to tuple of int
-        Kept expert ids of every MoE layer, ascending; at least `top_k` each.
-    n_experts : int
-        Routed experts per layer before anything goes.
-    top_k : int
-        Experts that the router selects per token.
-    criterion : str
-        What the experts were ranked by.
-    drop : float
-        Fraction of experts that was asked to go, in [0, 1).
-    per : {"layer", "model"}
-        Whether the budget holds in each layer or over all.
-    protected : dict of int to tuple of int
-        Experts that had to stay.
-    scores : float64 array of shape (n_layers, n_experts), optional
-        What the decision was made from; needed to equalise.
-    activations : str, optional
-        Digest of the activations behind the scores.
-    """
-
-    keep: dict[int, tuple[int, ...]]
-    n_experts: int
-    top_k: int
-    criterion: str
-    drop: float
-    per: Per
-    protected: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    scores: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
-    activations: str | None = None
-
-    def __post_init__(self) -> None:
-        """Checks that the plan can be carried out."""
-        _check_settings(self.drop, self.per)
-        if not self.keep or list(self.keep) != sorted(self.keep):
-            raise PlanError("the plan's layers are empty or out of order; make it with plan()")
-        for layer, kept in self.keep.items():
-            _check_layer(layer, kept, self.n_experts, self.top_k)
-        for layer, held in self.protected.items():
-            if not set(held) <= set(self.keep.get(layer, ())):
-                raise PlanError(f"layer {layer} drops an expert it protects; make the plan again")
-        if self.scores is not None and self.scores.shape != (len(self.keep), self.n_experts):
-            raise ShapeError(
-                f"the plan has scores of shape {self.scores.shape}, expected "
-                f"{(len(self.keep), self.n_experts)}; make it again"
-            )
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The model's own indices of the MoE layers."""
-        return tuple(self.keep)
-
-    @property
-    def n_sites(self) -> int:
-        """Number of routed experts before anything goes."""
-        return len(self.keep) * self.n_experts
-
-    @property
-    def dropped(self) -> dict[int, tuple[int, ...]]:
-        """Ids of the experts that go, of every layer, ascending."""
-        everyone = range(self.n_experts)
-        return {
-            layer: tuple(expert for expert in everyone if expert not in set(kept))
-            for layer, kept in self.keep.items()
-        }
-
-    @property
-    def n_dropped(self) -> int:
-        """Number of experts that go."""
-        return self.n_sites - sum(len(kept) for kept in self.keep.values())
-
-    @property
-    def uniform(self) -> bool:
-        """Whether every layer keeps the same number of experts."""
-        return len({len(kept) for kept in self.keep.values()}) == 1
-
-    def equalised(self) -> Plan:
-        """The plan with the nearest total that keeps equally many experts in every layer.
-
-        Layers that kept more lose their lowest scores; layers that kept fewer get their highest
-        back. A plan that is uniform already is returned as it is.
-
-        Raises
-        ------
-        MissingInputError
-            When the plan holds no scores.
-        """
-        if self.uniform:
-            return self
-        if self.scores is None:
-            raise MissingInputError(
-                "the plan holds no scores, so its layers cannot be equalised; make it from scores"
-            )
-        held = max((len(ids) for ids in self.protected.values()), default=0)
-        mean = (self.n_sites - self.n_dropped) / len(self.keep)
-        kept = max(self.top_k, held, math.floor(mean + 0.5))
-        guarded = _mask(self.protected, self.layers, self.n_experts)
-        gone = _lowest_per_layer(self.scores, guarded, self.n_experts - kept)
-        return Plan(
-            keep=_kept_ids(gone, self.layers),
-            n_experts=self.n_experts,
-            top_k=self.top_k,
-            criterion=self.criterion,
-            drop=(self.n_experts - kept) / self.n_experts,
-            per="layer",
-            protected=self.protected,
-            scores=self.scores,
-            activations=self.activations,
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """The plan as plain data, as it stands in its file."""
-        settings = {"drop": self.drop, "per": self.per, "criterion": self.criterion}
-        inputs = {} if self.activations is None else {"activations": self.activations}
-        return manifest(KIND, FORMAT, settings=settings, inputs=inputs) | {
-            "keep": _with_text_keys(self.keep),
-            "protected": _with_text_keys(self.protected),
-            "n_experts": self.n_experts,
-            "top_k": self.top_k,
-            "scores": None if self.scores is None else self.scores.tolist(),
-        }
-
-    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes the plan as JSON."""
-        write_json(Path(path), self.as_json(), overwrite=overwrite)
-
-    def __repr__(self) -> str:
-        counts = sorted(len(kept) for kept in self.keep.values())
-        spread = f"{counts[0]}" if self.uniform else f"{counts[0]} to {counts[-1]}"
-        return (
-            f"Plan({self.criterion}, per {self.per}: drops {self.n_dropped} of {self.n_sites} "
-            f"experts, keeps {spread} of {self.n_experts} in each of {len(self.keep)} layers)"
-        )
-
+if TYPE_CHECKING:
+    from moecollab.models.footprint import Footprint
+    from moecollab.models.loading import ModelLike
 
 _SAME = 1e-9
 """Fractions nearer than this are the same."""
 
 
-def plan(
+def plan(  # noqa: PLR0913 (a budget can be said in several ways)
     scores: Scores | str | PathLike[str],
     *,
-    drop: float,
+    drop: float | None = None,
+    experts: int | None = None,
+    mass: float | None = None,
+    memory_gb: float | None = None,
     per: Per = "layer",
-    keep: Sites | None = None,
+    floor: int = 0,
+    groups: int | None = None,
+    keep: Named = None,
+    drop_list: Named = None,
+    model: ModelLike | Footprint | None = None,
+    similarity: NDArray[np.float64] | str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Plan:
     """Experts to keep in each layer: the lowest scores go, the budget is met exactly.
 
+    The amount is said in one of four ways, `drop`, `experts`, `mass` or `memory_gb`, or by a
+    `drop_list` alone. Where routers choose among groups of experts, every group of a layer keeps
+    equally many: what goes is one expert of each group at a time, and amounts are rounded to that.
+
     Parameters
     ----------
     scores : Scores or path
         One score per expert; higher means keep, and of equals the smaller id is kept.
-    drop : float
+    drop : float, optional
         Fraction of experts to drop, in [0, 1); rounded to ``floor(drop * n + 0.5)`` experts.
-    per : {"layer", "model"}
-        Whether `n` counts the experts of each layer or of the model. With "model" every layer
-        keeps at least `top_k`; what this spares goes elsewhere.
-    keep : mapping of layer to expert ids, optional
-        Experts that must stay, such as super experts.
+    experts : int, optional
+        Experts to keep: in each layer with ``per="layer"``, else in the model.
+    mass : float, optional
+        Share of the scores to keep, in (0, 1]; of each layer's with ``per="layer"``, else of all.
+        Kept is the smallest set of experts that holds it, so layers keep different numbers. ESFT
+        (arXiv:2407.01906) chooses by 0.2 of ``esft_token`` or 0.1 of ``esft_gate``; the `keep` of
+        such a plan protects these in another.
+    memory_gb : float, optional
+        Most gigabytes (10⁹ bytes) of tensors in the checkpoint that is left; needs `model`. Kept
+        are as many experts as fit.
+    per : {"layer", "model", "entropy", "similarity"}
+        How layers share the budget. "layer": every layer drops equally many. "model": the lowest
+        scores of the model go. "entropy": layers keep experts in proportion to exp(H), H the
+        entropy of the shares of their scores. "similarity": GRAPE's allocation (arXiv:2604.06542,
+        :func:`moecollab.pruning.sequences.by_similarity`). With all but "layer", what one layer
+        cannot give goes elsewhere.
+    floor : int
+        Experts that every layer keeps at least; never fewer than the router selects.
+    groups : int, optional
+        Router groups of each layer, if the scores do not know them; those of the recording if None.
+    keep : mapping of layer to expert ids, or path, optional
+        Experts that must stay, such as super experts. A path is of JSON: such a mapping, or a plan,
+        of which it is what that keeps.
+    drop_list : mapping of layer to expert ids, or path, optional
+        Experts that must go; they count towards the budget. Of a plan it is what that drops.
+    model : Module, path, hub name or Footprint, optional
+        For `memory_gb`, the whole model; only headers of its files are read.
+    similarity : float64 array of shape (n_layers, n_experts, n_experts), or path, optional
+        For ``per="similarity"``, how alike the experts of each layer are; a path is of ``.npy``.
     out : path, optional
         JSON file to write.
     overwrite : bool
@@ -194,202 +93,141 @@ def plan(
 
     Raises
     ------
+    SettingsError
+        When the amount is said twice or not at all, or an expert is to stay and to go.
     PlanError
-        When the budget would leave a layer fewer experts than the router selects, or the scores
-        hold for another `drop` only.
+        When the budget would leave a layer fewer experts than the router selects or than are
+        protected, the drop-list takes more than the budget, or the scores hold for another `drop`.
     """
-    _check_settings(drop, per)
+    budget = Budget(
+        drop=drop, experts=experts, mass=mass, memory_gb=memory_gb, per=per, floor=floor
+    )
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     found = scores if isinstance(scores, Scores) else load_scores(scores)
-    made_for = found.settings.get("drop", drop)
-    if isinstance(made_for, float) and abs(made_for - drop) > _SAME:
-        raise PlanError(
-            f"these {found.criterion} scores hold for drop={made_for:g}, not {drop:g}; "
-            f"score again with drop={drop:g}"
-        )
-    protected = _checked_sites(keep or {}, found)
-    guarded = _mask(protected, found.layers, found.n_experts)
-    choose = _choose_per_layer if per == "layer" else _choose_per_model
+    doomed = read_sites("drop_list", drop_list, found)
+    if not budget.amount and not doomed:
+        raise SettingsError("budget", None, f"given: one of {', '.join(AMOUNTS)}, or drop_list")
+    if drop is not None:
+        _check_made_for(found, drop, _SAME)
+    protected = read_sites("keep", keep, found)
+    known = _groups(found, groups)
+    gone = decide(
+        replace(found, groups=known),
+        budget,
+        protected=protected,
+        doomed=doomed,
+        footprint=_footprint(model) if memory_gb is not None else None,
+        similarity=_matrices(similarity),
+    )
+    went = float(gone.mean()) if drop is None else drop
+    _check_made_for(found, went, 0.5 / found.n_experts)
     made = Plan(
-        keep=_kept_ids(choose(found, guarded, drop), found.layers),
+        keep=kept_ids(gone, found.layers),
         n_experts=found.n_experts,
         top_k=found.top_k,
         criterion=found.criterion,
-        drop=drop,
+        drop=went,
         per=per,
         protected=protected,
         scores=found.values,
         activations=found.activations,
+        budget=None if budget == Budget(drop=drop, per=per) and drop is not None else budget,
+        groups=known,
+        sureness=_sureness(found, budget, ~gone) if not protected and not doomed else None,
     )
     if out is not None:
         made.save(out, overwrite=overwrite)
     return made
 
 
-def load_plan(path: str | PathLike[str]) -> Plan:
-    """The plan in a file that :meth:`Plan.save` wrote."""
-    file = Path(path)
-    found = read_json(file)
-    check_manifest(found, KIND, FORMAT, file)
-    return plan_from_json(found, str(file))
-
-
-def plan_from_json(found: Mapping[str, Any], where: str) -> Plan:
-    """The plan in plain data; `where` names its origin in errors."""
-    try:
-        scores, settings = found["scores"], found["settings"]
-        return Plan(
-            keep=_with_number_keys(found["keep"]),
-            protected=_with_number_keys(found["protected"]),
-            n_experts=int(found["n_experts"]),
-            top_k=int(found["top_k"]),
-            criterion=str(settings["criterion"]),
-            drop=float(settings["drop"]),
-            per=settings["per"],
-            scores=None if scores is None else np.asarray(scores, dtype=np.float64),
-            activations=found["inputs"].get("activations"),
-        )
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as cause:
-        if isinstance(cause, PlanError | DataError | SettingsError):
-            raise
-        raise DataError(f"{where} is not a whole plan ({cause!r}); make it again") from cause
-
-
-def _choose_per_layer(scores: Scores, guarded: NDArray[np.bool_], drop: float) -> NDArray[np.bool_]:
-    """Sites that go when the budget holds in each layer."""
-    n_drop = _rounded(drop, scores.n_experts)
-    room = _room(scores, guarded)
-    if n_drop > room.min():
-        row = int(room.argmin())
-        layer, most = scores.layers[row], _fraction(int(room[row]), scores.n_experts)
-        held = int(guarded[row].sum())
-        reason = (
-            f"the router selects top_k={scores.top_k}"
-            if held <= scores.top_k
-            else f"{held} are protected"
-        )
-        raise PlanError(
-            f"layer {layer} would keep {scores.n_experts - n_drop} experts but {reason}; "
-            f"lower drop to {most:g} or less"
-        )
-    return _lowest_per_layer(scores.values, guarded, n_drop)
-
-
-def _choose_per_model(scores: Scores, guarded: NDArray[np.bool_], drop: float) -> NDArray[np.bool_]:
-    """Sites that go when the budget holds over all layers, each keeping its floor."""
-    n_drop = _rounded(drop, scores.n_sites)
-    room = _room(scores, guarded)
-    if n_drop > room.sum():
-        raise _over_budget(scores, guarded, n_drop, int(room.sum()))
-    place = _falling_order(scores.values, guarded).argsort(axis=1)
-    may_go = (place < room[:, None]).ravel()
-    order = np.lexsort((-np.arange(scores.n_sites), scores.values.ravel(), ~may_go))
-    gone = np.zeros(scores.n_sites, dtype=np.bool_)
-    gone[order[:n_drop]] = True
-    return gone.reshape(scores.values.shape)
-
-
-def _over_budget(scores: Scores, guarded: NDArray[np.bool_], n_drop: int, room: int) -> PlanError:
-    """The error for a model-wide budget that the floors and protected experts do not allow."""
-    advice = f"lower drop to {_fraction(room, scores.n_sites):g} or less"
-    held = guarded.sum(axis=1)
-    if (held >= scores.top_k).all():
-        return PlanError(
-            f"{n_drop} of {scores.n_sites} experts would go but {held.sum()} are protected, so "
-            f"that only {room} can; {advice}"
-        )
-    order = np.lexsort((-np.arange(scores.n_sites), scores.values.ravel(), guarded.ravel()))
-    kept = np.bincount(order[n_drop:] // scores.n_experts, minlength=scores.n_layers)
-    row = int(np.where(held < scores.top_k, kept, scores.n_experts).argmin())
-    return PlanError(
-        f"layer {scores.layers[row]} would keep {kept[row]} experts but the router selects "
-        f"top_k={scores.top_k}; {advice}"
-    )
-
-
-def _falling_order(values: NDArray[np.float64], guarded: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Experts of each layer from first to last to go; the guarded last, ties by larger id."""
-    identity = np.broadcast_to(-np.arange(values.shape[1]), values.shape)
-    return np.lexsort((identity, values, guarded), axis=1)
-
-
-def _lowest_per_layer(
-    values: NDArray[np.float64], guarded: NDArray[np.bool_], n_drop: int
+def decide(
+    scores: Scores,
+    budget: Budget,
+    *,
+    protected: Sites | None = None,
+    doomed: Sites | None = None,
+    footprint: Footprint | None = None,
+    similarity: NDArray[np.float64] | None = None,
 ) -> NDArray[np.bool_]:
-    gone = np.zeros(values.shape, dtype=np.bool_)
-    np.put_along_axis(gone, _falling_order(values, guarded)[:, :n_drop], True, axis=1)
-    return gone
+    """Which experts go under a budget: bool array of shape (n_layers, n_experts).
+
+    The arguments are those of :func:`plan`, read and checked.
+
+    Raises
+    ------
+    PlanError
+        When the budget cannot be met.
+    """
+    allocation = Allocation(
+        budget=budget,
+        scores=scores,
+        units=_units(scores, protected or {}, doomed or {}, scores.groups, budget.floor),
+        footprint=footprint,
+        similarity=similarity,
+    )
+    return allocation.units.gone(allocation.n_gone())
 
 
-def _room(scores: Scores, guarded: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """How many experts each layer can lose: int64 array of shape (n_layers,)."""
-    held = np.maximum(guarded.sum(axis=1), scores.top_k)
-    return np.asarray(scores.n_experts - held, dtype=np.int64)
+def _sureness(scores: Scores, budget: Budget, kept: NDArray[np.bool_]) -> float | None:
+    """How probable it is that those who stay stay, if the scores know it for this budget."""
+    if scores.spread is None or scores.spread.budget != budget.as_json():
+        return None
+    return float(scores.spread.kept_probability[kept].mean())
 
 
-def _rounded(drop: float, n: int) -> int:
-    return math.floor(drop * n + 0.5)
-
-
-def _fraction(n_drop: int, n: int) -> float:
-    """A drop with four digits that surely takes no more than `n_drop` of `n`."""
-    return max(0, math.floor(n_drop / n * 10_000)) / 10_000
-
-
-def _kept_ids(gone: NDArray[np.bool_], layers: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    return {
-        layer: tuple(np.flatnonzero(~row).tolist()) for layer, row in zip(layers, gone, strict=True)
-    }
-
-
-def _mask(protected: Sites, layers: tuple[int, ...], n_experts: int) -> NDArray[np.bool_]:
-    """Which sites are protected: array of shape (n_layers, n_experts)."""
-    mask = np.zeros((len(layers), n_experts), dtype=np.bool_)
-    for layer, held in protected.items():
-        mask[layers.index(layer), list(held)] = True
-    return mask
-
-
-def _check_settings(drop: float, per: str) -> None:
-    if not 0 <= drop < 1:
-        raise SettingsError("drop", drop, "in [0, 1)")
-    if per not in get_args(Per):
-        raise SettingsError("per", per, "'layer' or 'model'")
-
-
-def _checked_sites(sites: Sites, scores: Scores) -> dict[int, tuple[int, ...]]:
-    """The protected sites, sorted, each of them in the model."""
-    found = {}
-    for layer, experts in sorted(sites.items()):
-        ids = tuple(sorted(set(experts)))
-        if layer not in scores.layers:
-            raise SettingsError("keep", layer, f"one of the MoE layers {scores.layers}")
-        if ids and not 0 <= ids[0] <= ids[-1] < scores.n_experts:
-            raise SettingsError("keep", ids, f"expert ids in [0, {scores.n_experts})")
-        if ids:
-            found[layer] = ids
-    return found
-
-
-def _check_layer(layer: int, kept: tuple[int, ...], n_experts: int, top_k: int) -> None:
-    if top_k < 1:
-        raise PlanError(f"the plan has top_k={top_k}; a router selects at least one expert")
-    if len(kept) < top_k:
+def _check_made_for(scores: Scores, drop: float, near: float) -> None:
+    made_for = scores.settings.get("drop", drop)
+    if isinstance(made_for, float) and abs(made_for - drop) > near:
         raise PlanError(
-            f"layer {layer} would keep {len(kept)} experts but the router selects top_k={top_k}; "
-            "lower drop"
-        )
-    if list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < n_experts:
-        raise PlanError(
-            f"layer {layer} keeps {kept}; expert ids must be ascending and in [0, {n_experts})"
+            f"these {scores.criterion} scores hold for drop={made_for:g}, not {drop:g}; "
+            f"score again with drop={drop:g}"
         )
 
 
-def _with_text_keys(sites: Sites) -> dict[str, list[int]]:
-    return {str(layer): list(experts) for layer, experts in sites.items()}
+def _groups(scores: Scores, asked: int | None) -> RouterGroups | None:
+    """The router groups: those that were asked for, or else those of the recording."""
+    if asked is None or (scores.groups is not None and scores.groups.count == asked):
+        return scores.groups
+    if scores.groups is not None:
+        raise SettingsError("groups", asked, f"{scores.groups.count}, as was recorded, or left out")
+    if asked < 1 or scores.n_experts % asked:
+        raise SettingsError("groups", asked, f"a divisor of the {scores.n_experts} experts")
+    return None if asked == 1 else RouterGroups(asked, -(-scores.top_k // asked))
 
 
-def _with_number_keys(sites: Mapping[str, Iterable[int]]) -> dict[int, tuple[int, ...]]:
-    ids = {int(layer): tuple(int(expert) for expert in kept) for layer, kept in sites.items()}
-    return dict(sorted(ids.items()))
+def _units(
+    scores: Scores, protected: Sites, doomed: Sites, groups: RouterGroups | None, floor: int
+) -> Units:
+    """What goes together, with the floor of every layer."""
+    guarded, out = (
+        site_mask(sites, scores.layers, scores.n_experts) for sites in (protected, doomed)
+    )
+    if (guarded & out).any():
+        row, expert = np.argwhere(guarded & out)[0]
+        where = f"layer {scores.layers[row]} expert {expert}"
+        raise SettingsError("drop_list", where, "of experts that are not in keep")
+    if floor > scores.n_experts:
+        raise SettingsError("floor", floor, f"at most the {scores.n_experts} experts of a layer")
+    n_groups, least = grouped(groups, max(scores.top_k, floor))
+    return make_units(scores.values, guarded, out, n_groups=n_groups, least=least)
+
+
+def _footprint(model: ModelLike | Footprint | None) -> Footprint | None:
+    from moecollab.models.footprint import Footprint
+
+    return model if model is None or isinstance(model, Footprint) else Footprint.of(model)
+
+
+def _matrices(
+    given: NDArray[np.float64] | str | PathLike[str] | None,
+) -> NDArray[np.float64] | None:
+    """Similarities, from a file if a path is given."""
+    if not isinstance(given, str | PathLike):
+        return given
+    try:
+        return np.asarray(np.load(given, allow_pickle=False), dtype=np.float64)
+    except (OSError, ValueError) as cause:
+        raise DataError(
+            f"{given} is not a readable .npy file ({cause}); write it with numpy.save"
+        ) from cause

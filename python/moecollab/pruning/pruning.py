@@ -19,7 +19,7 @@ from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
-from moecollab.pruning.planning import Plan, load_plan
+from moecollab.pruning.plans import Plan, load_plan
 
 
 def prune(

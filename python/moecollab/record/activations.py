@@ -19,6 +19,7 @@ from moecollab.record.recording import Recording
 from moecollab.record.rows import Rows
 from moecollab.record.schema import (
     COUNTS_KIND,
+    FOLDS,
     KIND,
     SAMPLE_COLUMNS,
     SAMPLES,
@@ -169,6 +170,11 @@ class Activations(Recording):
     def tallies(self) -> Tallies:
         """Sums by domain, layer and expert."""
         return load_tallies(self.path / TALLIES)
+
+    def fold_tallies(self) -> Tallies | None:
+        """Sums by fold of the documents, in the place of domains; None if none were recorded."""
+        file = self.path / FOLDS
+        return load_tallies(file) if file.exists() else None
 
     def rows(self, grain: Grain = "token", weights: Weights = "renormalised") -> Rows:
         """The activation matrix as sparse rows.

@@ -17,6 +17,7 @@ from moecollab.models.streamed import StreamedModel
 from moecollab.progress import track
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.corpus import Source, read_corpus
+from moecollab.record.folding import in_folds, out_of_folds
 from moecollab.record.layerwise import LayerReader
 from moecollab.record.merging import merge_shards
 from moecollab.record.reading import Reader, WholeReader
@@ -37,6 +38,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     context: int = 512,
     batch_size: int = 8,
     seed: int = 0,
+    folds: int = 0,
     dtype: str = "auto",
     layer_by_layer: bool = False,
     hidden_gb: float = 1.0,
@@ -72,7 +74,11 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     batch_size : int
         Windows that are run together.
     seed : int
-        Seed of the choice of documents under a limit.
+        Seed of the choice of documents under a limit, and of the folds.
+    folds : int
+        Parts of the documents, ≥ 2, over which all is summed apart as well, so that
+        :func:`moecollab.uncertainty` can resample what is summed while recording only; none if 0.
+        Sums take as many times the memory.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type the weights are loaded in; "auto" is that of the files.
     layer_by_layer : bool
@@ -108,6 +114,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         context=context,
         batch_size=batch_size,
         seed=seed,
+        folds=folds,
     )
     target = Path(out)
     if not ShardStore(target, {}).started():
@@ -120,7 +127,8 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     run = Run(reader, speller, settings)
     samples = select_samples(text, run.tokenize, limit=tokens, seed=seed)
     run.check(samples)
-    n_domains = len({sample.document.domain for sample in samples})
+    cells = in_folds(samples, folds, seed=seed) if folds else samples
+    n_domains = len({sample.document.domain for sample in cells})
     reader.announce(lengths_of(_shards(samples)), run.positions(samples), n_domains)
     with reader:
         about = run.manifest(text, model)
@@ -129,7 +137,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         about["inputs"]["tokens"] = digest_bytes(ids)
         with ShardStore(target, about, overwrite) as store:
             if not store.finished():
-                _record(run, samples, store)
+                _record(run, samples, cells, store)
     return load_activations(target)
 
 
@@ -165,10 +173,15 @@ def collected(asked: str | Sequence[str], *, norms: bool = True) -> tuple[str, .
     return tuple(group for group in GROUPS if group in wanted - {"routing", "norms"})
 
 
-def _record(run: Run, samples: Sequence[Sample], store: ShardStore) -> None:
-    """Records what is not recorded yet, shard by shard, and puts the result in its place."""
-    domains = sorted({sample.document.domain for sample in samples})
-    shards = _shards(samples)
+def _record(
+    run: Run, samples: Sequence[Sample], cells: Sequence[Sample], store: ShardStore
+) -> None:
+    """Records what is not recorded yet, shard by shard, and puts the result in its place.
+
+    `cells` are the samples with what they are summed by in the place of domains.
+    """
+    domains = sorted({cell.document.domain for cell in cells})
+    shards = _shards(cells)
     sums = Sums(store, domains, run.n_experts, run.settings.groups)
     done = {number for number in range(len(shards)) if sums.has(number)}
     with track("extract", sum(lengths_of(shards))) as bar:
@@ -181,7 +194,8 @@ def _record(run: Run, samples: Sequence[Sample], store: ShardStore) -> None:
     if sums.total is None:
         raise DataError("the corpus holds no text; give at least one document that is not blank")
     give_back()
-    merge_shards(store, len(shards), samples, sums.total, run.vocabulary(samples))
+    by_domain, by_fold = out_of_folds(sums.total) if run.settings.folds else (sums.total, None)
+    merge_shards(store, len(shards), samples, by_domain, run.vocabulary(samples), by_fold)
 
 
 def _shards(samples: Sequence[Sample]) -> list[list[Sample]]:

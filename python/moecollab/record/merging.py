@@ -11,6 +11,7 @@ import polars as pl
 
 from moecollab.manifest import MANIFEST, replace_folder, write_json
 from moecollab.record.schema import (
+    FOLDS,
     SAMPLE_COLUMNS,
     SAMPLES,
     TALLIES,
@@ -33,6 +34,7 @@ def merge_shards(
     samples: Sequence[Sample],
     tallies: Tallies,
     vocabulary: dict[int, str],
+    folds: Tallies | None = None,
 ) -> None:
     """Turns finished shards into the recording's folder and puts it in its place."""
     folder = store.folder / "merged"
@@ -47,6 +49,8 @@ def merge_shards(
         parts = _layer_parts(store, n_shards, layer, tokens)
         write_parts(parts, store.columns, folder / layer_file(layer))
     tallies.save(folder / TALLIES)
+    if folds is not None:
+        folds.save(folder / FOLDS)
     write_json(folder / MANIFEST, store.manifest | {"corpus": _corpus_facts(samples, tallies)})
     replace_folder(folder, store.target)
     store.close()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moecollab.models.groups import RouterGroups, groups_from_json
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -39,6 +41,11 @@ class Recording:
     def top_k(self) -> int:
         """Experts per token and layer."""
         return int(self.manifest["model"]["top_k"])
+
+    @property
+    def router_groups(self) -> RouterGroups | None:
+        """Groups that the routers choose among; None if there are none or it is not known."""
+        return groups_from_json(self.manifest["model"].get("router_groups"))
 
     @property
     def n_sites(self) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import manifest
+from moecollab.models.groups import router_groups
 from moecollab.models.loading import ModelLike
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.progress import Bar, say
@@ -46,6 +47,8 @@ class Settings:
         Windows that are run together.
     seed : int
         Seed of the choice of documents under a limit.
+    folds : int
+        Parts of the documents that are summed apart; none if 0.
     """
 
     tokens: int | None
@@ -54,6 +57,7 @@ class Settings:
     batch_size: int
     seed: int
     collect: tuple[str, ...] = ()
+    folds: int = 0
 
     def __post_init__(self) -> None:
         """Checks ranges, and that what is collected can be."""
@@ -66,6 +70,8 @@ class Settings:
                 raise SettingsError(name, getattr(self, name), "1 or more")
         if self.tokens is not None and self.tokens < 1:
             raise SettingsError("tokens", self.tokens, "1 or more, or None for all")
+        if self.folds < 0 or self.folds == 1:
+            raise SettingsError("folds", self.folds, "2 or more, or 0 for none")
         if self.seed < 0:
             raise SettingsError("seed", self.seed, "0 or more")
 
@@ -147,7 +153,7 @@ class Run:
         described = manifest(
             KIND,
             VERSION,
-            settings=asdict(self.settings)
+            settings={k: v for k, v in asdict(self.settings).items() if k != "folds" or v}
             | {"context": self.context, "dtype": self._dtype()}
             | {"collect": list(self.settings.collect)},
             inputs={"model": self.reader.digest(), "corpus": corpus.digest},
@@ -165,6 +171,9 @@ class Run:
         counts = [layer.n_experts for layer in self.layers]
         if len(set(counts)) > 1:
             described["model"]["experts_per_layer"] = counts
+        groups = router_groups(self.layers[0])
+        if groups is not None:
+            described["model"]["router_groups"] = groups.as_json()
         renormalised = getattr(self.config, "norm_topk_prob", None)
         if renormalised is not None:
             described["model"]["norm_topk"] = bool(renormalised)

@@ -16,6 +16,7 @@ COUNTS_KIND = "routing_counts"
 TOKENS = "tokens.parquet"
 SAMPLES = "samples.parquet"
 VOCABULARY = "vocabulary.parquet"
+FOLDS = "folds.safetensors"
 TALLIES = "tallies.safetensors"
 ROW_GROUP = 65_536
 """Rows in a row group: what a reader must hold at once."""

@@ -18,6 +18,7 @@ from moecollab.errors import (
     SchemaError,
     SettingsError,
     ShapeError,
+    unknown_name,
 )
 from moecollab.record.sums import GROUPS, SUMS, join, names_of, total, zeros
 from moecollab.record.tensors import write_tensors
@@ -131,6 +132,20 @@ class Tallies:
     def total(self) -> Tallies:
         """Tallies over all domains: arrays of shape (n_layers, n_experts, …)."""
         return Tallies((), total(self.arrays)) if self.domains else self
+
+    def select(self, domains: Sequence[str]) -> Tallies:
+        """Tallies of some domains.
+
+        Raises
+        ------
+        SettingsError
+            When a domain was not recorded.
+        """
+        for domain in domains:
+            if domain not in self.domains:
+                raise unknown_name("domain", domain, self.domains)
+        rows = [self.domains.index(domain) for domain in domains]
+        return Tallies(tuple(domains), {name: value[rows] for name, value in self.arrays.items()})
 
     def merge(self, other: Tallies) -> Tallies:
         """Tallies of both inputs together; domains are matched by name.

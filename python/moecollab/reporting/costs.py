@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecollab.errors import DataError
-from moecollab.evaluation.comparison import LOSS, compare
+from moecollab.evaluation.differences import LOSS, differences
 from moecollab.evaluation.evaluation import Evaluation
 from moecollab.reporting.numbers import percent, signed
 
@@ -148,7 +148,7 @@ def costs_of(evaluations: Mapping[str, Evaluation]) -> Costs | None:
     baseline = baseline_name(evaluations)
     if baseline is None:
         return None
-    table = compare(evaluations, baseline=baseline)
+    table = differences(evaluations, baseline=baseline)
     rows = [row for row in table.iter_rows(named=True) if row["measure"] == LOSS]
     first = [row for number, row in enumerate(rows) if _opens(rows, number)]
     inside = [row for number, row in enumerate(rows) if not _opens(rows, number)]
@@ -185,7 +185,7 @@ def baseline_name(evaluations: Mapping[str, Evaluation]) -> str | None:
 def gap(evaluations: Mapping[str, Evaluation], first: Cost, second: Cost) -> Cost:
     """How much dearer `first` is than `second`, paired document by document."""
     pair = {cost.name: evaluations[cost.name] for cost in (first, second)}
-    for row in compare(pair, baseline=second.name).iter_rows(named=True):
+    for row in differences(pair, baseline=second.name).iter_rows(named=True):
         if row["measure"] == LOSS and row["model"] == first.name:
             return _cost(row, evaluations, domain=None)
     raise DataError(f"{first.name} and {second.name} have no loss; evaluate both on a corpus")

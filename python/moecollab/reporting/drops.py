@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.criteria.scores import Scores
-from moecollab.pruning.planning import Plan
+from moecollab.pruning.plans import Plan
 from moecollab.reporting.expert_use import ExpertUse
 
 Site = tuple[int, int]

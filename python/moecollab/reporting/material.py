@@ -13,7 +13,7 @@ from moecollab.errors import DataError, MissingInputError, StaleInputError
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
 from moecollab.patterns.collaboration import Collaboration
 from moecollab.patterns.storage import load_collaboration
-from moecollab.pruning.planning import Plan, load_plan
+from moecollab.pruning.plans import Plan, load_plan
 from moecollab.record.activations import Activations, load_activations
 
 FilePath: TypeAlias = str | PathLike[str]

@@ -13,7 +13,7 @@ from moecollab import criteria
 from moecollab.errors import MoeCollabError
 from moecollab.manifest import refuse_existing, write_bytes
 from moecollab.patterns.collaboration import Collaboration
-from moecollab.pruning.planning import Plan
+from moecollab.pruning.plans import Plan
 from moecollab.record.activations import Activations
 from moecollab.reporting import provenance
 from moecollab.reporting.costs import Costs, costs_of, pretty

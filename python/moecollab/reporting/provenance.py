@@ -90,7 +90,10 @@ def _commands(material: Material) -> Iterator[str]:
             f"score run/activations --criterion {name}{needs} --drop {drop} "
             "--out run/scores.parquet"
         )
-        yield f"plan run/scores.parquet --drop {drop} --per {plan.per} --out run/plan.json"
+        asked = {"drop": plan.drop} if plan.budget is None else plan.budget.as_json()
+        named = _options(asked, ("drop", "experts", "mass", "memory_gb", "floor"))
+        model_named = f" --model {model}" if "memory_gb" in asked else ""
+        yield f"plan run/scores.parquet{named} --per {plan.per}{model_named} --out run/plan.json"
         yield f"mask {model} run/plan.json --out run/masked"
     if material.evaluations:
         yield f"evaluate {model} --corpus HELD_OUT --out run/evaluations/full.json"

@@ -32,7 +32,7 @@ SCHEMA = {
 }
 
 
-def compare(evaluations: Mapping[str, Evaluation], *, baseline: str = "full") -> pl.DataFrame:
+def differences(evaluations: Mapping[str, Evaluation], *, baseline: str = "full") -> pl.DataFrame:
     """What each model scored, and how far it is from the baseline on the same material.
 
     Differences are paired: document by document for the loss, question by question for tasks. Their

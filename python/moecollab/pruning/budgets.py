@@ -1,0 +1,77 @@
+"""Budgets: how much may stay, said in one of several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+from moecollab.errors import SettingsError
+
+Per: TypeAlias = Literal["layer", "model", "entropy", "similarity"]
+AMOUNTS = ("drop", "experts", "mass", "memory_gb")
+"""Ways to say how much; a budget has one of them, or none where a drop-list says it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many experts may stay, and how the layers share them.
+
+    Parameters
+    ----------
+    drop : float, optional
+        Fraction of the experts to drop, in [0, 1).
+    experts : int, optional
+        Experts to keep, ≥ 1: in each layer with ``per="layer"``, else in the model.
+    mass : float, optional
+        Share of the scores that must stay, in (0, 1]: the smallest set of experts that has it.
+    memory_gb : float, optional
+        Most gigabytes (10⁹ bytes) of the checkpoint that is left, > 0.
+    per : {"layer", "model", "entropy", "similarity"}
+        How layers share the budget; see :func:`moecollab.plan`.
+    floor : int
+        Experts that every layer keeps at least, ≥ 0; never fewer than the router selects.
+    """
+
+    drop: float | None = None
+    experts: int | None = None
+    mass: float | None = None
+    memory_gb: float | None = None
+    per: Per = "layer"
+    floor: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks ranges, and that the amount is said in one way."""
+        if self.drop is not None and not 0 <= self.drop < 1:
+            raise SettingsError("drop", self.drop, "in [0, 1)")
+        if self.experts is not None and self.experts < 1:
+            raise SettingsError("experts", self.experts, "1 or more")
+        if self.mass is not None and not 0 < self.mass <= 1:
+            raise SettingsError("mass", self.mass, "in (0, 1]")
+        if self.memory_gb is not None and not 0 < self.memory_gb < float("inf"):
+            raise SettingsError("memory_gb", self.memory_gb, "above 0 and finite")
+        if self.per not in get_args(Per):
+            raise SettingsError("per", self.per, " or ".join(map(repr, get_args(Per))))
+        if self.floor < 0:
+            raise SettingsError("floor", self.floor, "0 or more")
+        given = [name for name in AMOUNTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SettingsError("budget", given, f"one of {', '.join(AMOUNTS)}, not several")
+
+    @property
+    def amount(self) -> str:
+        """Which of the amounts is given; empty where none is."""
+        return next((name for name in AMOUNTS if getattr(self, name) is not None), "")
+
+    def as_json(self) -> dict[str, Any]:
+        """What was asked for, as plain data; what is left out has its default."""
+        return {
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if getattr(self, one.name) != one.default
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Budget:
+        """The budget in plain data."""
+        return cls(**value)

@@ -1,0 +1,87 @@
+"""Experts that are named layer by layer, in memory or in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moecollab.criteria.scores import Scores
+from moecollab.errors import DataError, SettingsError
+from moecollab.manifest import read_json
+
+Sites: TypeAlias = Mapping[int, Iterable[int]]
+Named: TypeAlias = "Sites | str | PathLike[str] | None"
+
+
+def read_sites(
+    name: Literal["keep", "drop_list"], given: Named, scores: Scores
+) -> dict[int, tuple[int, ...]]:
+    """The named experts, sorted, each of them in the model.
+
+    Raises
+    ------
+    SettingsError
+        When a layer or an expert is not in the model.
+    DataError
+        When a file is not of such a mapping nor a plan.
+    """
+    found = {}
+    for layer, experts in sorted(_opened(name, given).items()):
+        ids = tuple(sorted({int(expert) for expert in experts}))
+        if layer not in scores.layers:
+            raise SettingsError(name, layer, f"one of the MoE layers {scores.layers}")
+        if ids and not 0 <= ids[0] <= ids[-1] < scores.n_experts:
+            raise SettingsError(name, ids, f"expert ids in [0, {scores.n_experts})")
+        if ids:
+            found[layer] = ids
+    return found
+
+
+def _opened(name: str, given: Named) -> Sites:
+    """The mapping itself, or that in a file."""
+    if not isinstance(given, str | PathLike):
+        return given or {}
+    found = read_json(Path(given))
+    try:
+        if found.get("kind") != "plan":
+            return with_number_keys(found)
+        kept = with_number_keys(found["keep"])
+        if name == "keep":
+            return kept
+        everyone = set(range(int(found["n_experts"])))
+        return {layer: sorted(everyone - set(ids)) for layer, ids in kept.items()}
+    except (LookupError, TypeError, AttributeError, ValueError) as cause:
+        raise DataError(
+            f'{given} is neither a plan nor of experts by layer, as {{"3": [0, 7]}} is; write it so'
+        ) from cause
+
+
+def kept_ids(gone: NDArray[np.bool_], layers: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Ids of the experts that stay, by layer; `gone` has shape (n_layers, n_experts)."""
+    return {
+        layer: tuple(np.flatnonzero(~row).tolist()) for layer, row in zip(layers, gone, strict=True)
+    }
+
+
+def site_mask(sites: Sites, layers: tuple[int, ...], n_experts: int) -> NDArray[np.bool_]:
+    """Which sites are named: bool array of shape (n_layers, n_experts)."""
+    mask = np.zeros((len(layers), n_experts), dtype=np.bool_)
+    for layer, held in sites.items():
+        mask[layers.index(layer), list(held)] = True
+    return mask
+
+
+def with_text_keys(sites: Sites) -> dict[str, list[int]]:
+    """The same as JSON has it."""
+    return {str(layer): list(experts) for layer, experts in sites.items()}
+
+
+def with_number_keys(sites: Mapping[Any, Iterable[Any]]) -> dict[int, tuple[int, ...]]:
+    """Named experts of JSON, by layer; raises what int() raises."""
+    ids = {int(layer): tuple(int(expert) for expert in kept) for layer, kept in sites.items()}
+    return dict(sorted(ids.items()))
