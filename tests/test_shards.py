@@ -1,5 +1,7 @@
 """Shards of a recording on disk: what is written, read back, joined and cleaned up."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -7,8 +9,16 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from moecollab.errors import DataError, SettingsError
+import models
+from moecollab.errors import DataError, SettingsError, StaleInputError
 from moecollab.manifest import digest_file
+from moecollab.models.layout import Layout
+from moecollab.models.registry import (
+    layout_digest,
+    layout_of,
+    register_layout,
+    unregister_layout,
+)
 from moecollab.record import extraction, run, shards, windows
 from moecollab.record.extraction import extract
 from moecollab.record.schema import write_parts, write_table
@@ -134,6 +144,35 @@ def test_a_run_that_goes_on_says_what_it_found(model_folder, texts, tmp_path, mo
     monkeypatch.setattr(extraction, "track", lambda *_: Bar())
     extract(**given)
     assert said == ["found 2 of 4 shards"]
+
+
+def test_a_run_does_not_go_on_with_another_layout(tmp_path, texts, tokenizer, monkeypatch):
+    model = models.build("mixtral")
+    model.config.model_type = "my_moe"
+    for layer in model.model.layers:
+        layer.mlp.factor = 2.0
+    mine = replace(layout_of("mixtral", ""), family="my_moe")
+    given = {"model": model, "corpus": texts, "out": tmp_path / "acts", "collect": "shift"}
+    given["tokenizer"] = tokenizer
+    register_layout(mine)
+    try:
+        stop(monkeypatch, "write", given, before=False)
+        register_layout(replace(mine, scale="factor"), replace=True)
+        with pytest.raises(StaleInputError, match=r"with another inputs\.layout;"):
+            extract(**given)
+        register_layout(replace(mine, remark="the same"), replace=True)
+        assert extract(**given).n_samples == len(texts)
+    finally:
+        unregister_layout("my_moe")
+
+
+def test_digests_of_layouts_see_the_code_of_their_functions():
+    def made(factor):
+        source = f"lambda block, output: (output[0] * {factor}, 1 if block in {{'a', 'b'}} else 2)"
+        return layout_digest(Layout(family="my_moe", count="n", routing=eval(source)))
+
+    assert made(1) == made(1) != made(2)
+    assert layout_digest(layout_of("mixtral", "")) is None
 
 
 def test_what_a_killed_replacement_left_is_removed(model_folder, texts, tmp_path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from difflib import get_close_matches
+from types import CodeType
 
 from moecollab.errors import SettingsError, UnsupportedModelError
+from moecollab.manifest import digest_json
 from moecollab.models.layout import BUILT_IN, REFUSED, Layout
 
 _layouts: dict[str, Layout] = dict(BUILT_IN)
@@ -65,3 +68,21 @@ def layout_of(model_type: str, class_name: str) -> Layout:
         f"examples of docs/models.md, which lists the known families{like}, and so does "
         "moecollab.models.registry.families()"
     )
+
+
+def layout_digest(layout: Layout) -> str | None:
+    """Digest of a layout that users registered, with its function's code; None of a built-in one.
+
+    What the function reads beside its own code is not seen.
+    """
+    if BUILT_IN.get(layout.family) == layout:
+        return None
+    code = getattr(layout.routing, "__code__", None)
+    return digest_json(asdict(layout) | {"routing": _digestible(code), "remark": ""})
+
+
+def _digestible(value: object) -> object:
+    """A function's code and constants as JSON values that are the same in every process."""
+    if isinstance(value, CodeType):
+        return [value.co_code.hex(), value.co_names, [_digestible(one) for one in value.co_consts]]
+    return sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)

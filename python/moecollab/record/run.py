@@ -15,6 +15,7 @@ from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import manifest
 from moecollab.models.groups import router_groups
 from moecollab.models.loading import ModelLike
+from moecollab.models.registry import layout_digest
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.progress import Bar, say
 from moecollab.record.corpus import Corpus
@@ -163,6 +164,9 @@ class Run:
             inputs={"model": self.reader.digest(), "corpus": corpus.digest},
             seed=self.settings.seed,
         )
+        layout = layout_digest(self.layers[0].layout)
+        if layout is not None:
+            described["inputs"]["layout"] = layout
         given = self.model.name_or_path if isinstance(model, nn.Module) else str(model)
         described["model"] = {
             "class": type(self.model).__name__,
