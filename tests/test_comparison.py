@@ -145,6 +145,22 @@ def test_a_run_can_be_extended(folder, tmp_path):
         run(folder, out, criteria=("easy_ep",))
 
 
+def test_criteria_of_patterns_can_come_later(folder, tmp_path):
+    out, other = tmp_path / "out", mc.HSDL(atoms=(3,), rows="token")
+    asked = {"seeds": 1, "drops": (0.25,)}
+    run(folder, out, criteria=("reap",), **asked)
+    both = run(folder, out, criteria=("reap", "caep"), **asked)
+    anew = run(folder, tmp_path / "anew", criteria=("reap", "caep"), **asked)
+    assert both.values.equals(anew.values)
+    run(folder, out, criteria=("reap",), **asked)
+    with pytest.raises(StaleInputError, match="another fits"):
+        run(folder, out, criteria=("caep",), fits=other, **asked)
+    # Another name for the first fit: its scores are not those of the other.
+    run(folder, out, criteria=("caep",), fits={"other": other, "patterns": FIT}, **asked)
+    scores = (out / "seed-0" / "scores").glob("caep*")
+    assert {path.stem for path in scores} == {"caep@patterns-0.25", "caep@other-0.25"}
+
+
 def test_text_that_calibrates_may_not_judge(folder, tmp_path):
     with pytest.raises(DataError, match="must not calibrate"):
         mc.compare(folder, CALIBRATION, [*HELD_OUT, CALIBRATION[3]], out=tmp_path / "out")

@@ -98,6 +98,7 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     budget = Budget(drop=drop, experts=experts, mass=mass, per=per, floor=floor)
     if not budget.amount:
         raise SettingsError("budget", None, "given: drop, experts or mass")
+    budget.check_scores_suffice("for resampled plans")
     opened = _opened(activations)
     whole = _whole(criterion, opened, budget, seed)
     resampler = Resampler(chosen, whole, budget, _folded(chosen, opened, folds, seed))
