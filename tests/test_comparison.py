@@ -226,6 +226,15 @@ def test_tasks_are_answered_by_every_cut(folder, tmp_path):
     assert math.isnan(row["critical"])
 
 
+def test_tasks_that_changed_are_not_mixed(folder, tmp_path):
+    asked = {"tasks": ("five",), "task_folder": tmp_path / "tasks", "seeds": 1, "drops": (0.25,)}
+    write_task(tmp_path / "tasks", tmp_path / "cache")
+    run(folder, tmp_path / "out", criteria=("random",), **asked)
+    write_task(tmp_path / "tasks", tmp_path / "cache", text="so {{question}}")
+    with pytest.raises(DataError, match="answered other questions than the full model"):
+        run(folder, tmp_path / "out", criteria=("random", "reap"), **asked)
+
+
 def test_the_seeds_draw_other_documents_of_every_domain():
     corpus = read_corpus(CALIBRATION)
     first, second = (calibration(corpus, 0.5, seed) for seed in (0, 1))

@@ -385,6 +385,13 @@ def test_plans_for_another_drop_or_by_similarities_are_not_compared(simple):
         uncertainty("frequency", simple, drop=0.5, per="similarity")
 
 
+def test_recordings_with_and_without_folds_are_resampled_together(model_folder, texts, tmp_path):
+    acts = [extract(model_folder, texts, out=tmp_path / str(n), folds=n) for n in (0, 4)]
+    found = uncertainty("frequency", acts, drop=0.5, resamples=20)
+    assert found.spread.settings["folds"] == [acts[0].n_samples, 4]
+    assert (found.counts == 2 * score("frequency", acts[0]).counts).all()
+
+
 SUMMABLE = [
     name
     for name in criteria.names()

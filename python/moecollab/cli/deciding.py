@@ -144,7 +144,7 @@ def agreement(
 ) -> None:
     """Compares how criteria, seeds or texts rank the experts, every two of them.
 
-    Example: moecollab agreement run/scores/reap.parquet run/scores/caep.parquet
+    Example: moecollab agreement run/scores/reap.parquet run/scores/caep.parquet --drop 0.25
     """
     found = mc.agreement(scores, drop=drop, per=per, out=out, overwrite=overwrite)
     for row in found.iter_rows(named=True):
