@@ -13,7 +13,8 @@ import moecollab as mc
 from moecollab.demo.model_card import held_out_documents, js_divergence
 from moecollab.demo.training_text import TrainingText
 from moecollab.evaluation.evaluation import load_evaluation
-from moecollab.manifest import read_json, write_json
+from moecollab.evaluation.intervals import ratio_interval
+from moecollab.manifest import MANIFEST, read_json, write_json
 
 TASKS = ("arc_easy", "piqa")
 LIMIT = 200  # questions of each task
@@ -38,7 +39,7 @@ def judge(dense: Any, tokenizer: Any, text: TrainingText, work: Path, out: Path,
             "tuned": _once(kept / "tuned.json", out, **corpus, **tasks),
         }
     few = held_out_documents(text, _FEW)
-    acts = mc.extract(out, few, out=work / "activations", dtype="float32")
+    acts = _recorded(work / "activations", out, few)
     numbers = {
         "models": {name: _summary(evaluation) for name, evaluation in found.items()},
         "carve_error": read_json(work / "carved" / "errors.json"),
@@ -56,6 +57,13 @@ def _once(file: Path, model: Any, **settings: Any) -> mc.Evaluation:
     if file.exists():
         return load_evaluation(file)
     return mc.evaluate(model, out=file, name=file.stem, **settings)
+
+
+def _recorded(folder: Path, model: Path, documents: list[dict[str, str]]) -> mc.Activations:
+    """The recording in the folder; made, or gone on with, if it is not whole."""
+    if (folder / MANIFEST).exists():
+        return mc.load_activations(folder)
+    return mc.extract(model, documents, out=folder, dtype="float32")
 
 
 def _summary(found: mc.Evaluation) -> dict[str, Any]:
@@ -100,24 +108,36 @@ def slot_weights(acts: mc.Activations) -> list[float]:
 
 
 def dropped(out: Path, text: TrainingText, held_out: list[dict[str, str]], kept: Path) -> dict:
-    """Loss on a part of the held-out text with a quarter of each layer's experts dropped.
+    """What dropping a quarter of each layer's experts costs on a part of the held-out text.
 
     Criteria are calibrated on training documents, so that nothing is measured where it was chosen.
     """
-    acts = mc.extract(out, _calibration(text), out=kept.parent / "calibration", dtype="float32")
+    acts = _recorded(kept.parent / "calibration", out, _calibration(text))
     plans: dict[str, Callable[[], mc.Scores]] = {
         f"random, seed {seed}": lambda seed=seed: mc.score("random", acts, seed=seed)
         for seed in range(2)
     }
     plans |= {name: lambda name=name: mc.score(name, acts) for name in ("frequency", "reap")}
-    losses = {"nothing": _once(kept / "few.json", out, corpus=held_out, dtype="float32").loss}
+    full = _once(kept / "few.json", out, corpus=held_out, dtype="float32")
+    costs = {}
     for name, scores in plans.items():
         file = kept / f"dropped {name}.json"
         if not file.exists():
             with mc.mask(out, mc.plan(scores(), drop=_DROP, per="layer"), dtype="float32") as cut:
                 mc.evaluate(cut, corpus=held_out, out=file, name=name)
-        losses[name] = load_evaluation(file).loss
-    return losses
+        costs[name] = _cost(load_evaluation(file), full)
+    return costs
+
+
+def _cost(cut: mc.Evaluation, full: mc.Evaluation) -> dict[str, Any]:
+    """Extra loss (nats a token) with its 95 % interval over documents, which are paired."""
+    tokens = full.measured()["tokens"].to_numpy().astype(np.float64)
+    extra = (cut.measured()["nll"] - full.measured()["nll"]).to_numpy()
+    return {
+        "cost": cut.loss - full.loss,
+        "interval": list(ratio_interval(extra, tokens, seed=0) or ()),
+        "tokens": int(tokens.sum()),
+    }
 
 
 def _calibration(text: TrainingText) -> list[dict[str, str]]:
@@ -164,8 +184,10 @@ On {routed["tokens"]:,} held-out tokens: least and largest load of an expert ove
 domains {routed["divergence_mean"]:.3f} bits (mean over pairs and layers); weights by slot
 {", ".join(f"{w:.3f}" for w in routed["weight_by_slot"])}.
 
-Loss (nats a token) with a quarter of each layer's experts dropped:
-{"; ".join(f"{name} {loss:.3f}" for name, loss in numbers["dropped"].items())}.
+Cost of dropping a quarter of each layer's experts, nats a token with a
+95 % interval over documents:
+
+{cost_table(numbers["dropped"])}
 
 Largest logit difference after loading in a fresh process:
 {numbers["reload"]["largest_logit_difference"]:.1e}.
@@ -181,6 +203,15 @@ def quality_table(models: dict[str, Any]) -> str:
     for task in models["dense"]["tasks"]:
         key = (task["task"], task["metric"])
         rows.append([f"{key[0]} {key[1]}", *(_value(m["tasks"], key) for m in models.values())])
+    return _lines(rows)
+
+
+def cost_table(costs: dict[str, Any]) -> str:
+    """Markdown: what each way to drop experts costs."""
+    rows = [["dropped by", "cost"], ["---", "---"]]
+    for name, found in costs.items():
+        low, high = found["interval"]
+        rows.append([name, f"{found['cost']:.3f} [{low:.3f}, {high:.3f}]"])
     return _lines(rows)
 
 
