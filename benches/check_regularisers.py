@@ -7,9 +7,10 @@ questions for calibration, the other half held out; a quarter of each layer's ex
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 import moecollab as mc
-from compare_criteria import interval, questions
-from moecollab.demo import MODEL
+from moecollab.demo import MODEL, read_questions
 from moecollab.demo.demo import ATOMS
 from moecollab.progress import show, track
 
@@ -19,6 +20,29 @@ VARIANTS = {
     "no sparsity": {"sparsity": 0.0},
 }
 DROP = 0.25
+
+
+def questions(seed: int):
+    """A random half of the questions for calibration, the other half held out."""
+    documents = [document for part in read_questions() for document in part]
+    order = np.random.default_rng(seed).permutation(len(documents))
+    half = len(order) // 2
+    return [documents[i] for i in order[:half]], [documents[i] for i in order[half:]]
+
+
+def interval(parts: list[tuple[np.ndarray, np.ndarray]], resamples: int = 2_000) -> tuple:
+    """Mean cost and its 95 % interval; seeds are drawn again, and documents within each."""
+    rng = np.random.default_rng(0)
+    draws = np.empty(resamples)
+    for i in range(resamples):
+        total = size = 0.0
+        for seed in rng.integers(len(parts), size=len(parts)):
+            extra, tokens = parts[seed]
+            chosen = rng.integers(len(extra), size=len(extra))
+            total, size = total + extra[chosen].sum(), size + tokens[chosen].sum()
+        draws[i] = total / size
+    mean = sum(e.sum() for e, _ in parts) / sum(t.sum() for _, t in parts)
+    return mean, *np.quantile(draws, [0.025, 0.975])
 
 
 def costs(seed, out):

@@ -7,11 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 import models
 from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
-from moecollab.errors import DataError, PlanError, SettingsError, ShapeError
+from moecollab.errors import (
+    DataError,
+    PlanError,
+    SettingsError,
+    ShapeError,
+    UnsupportedModelError,
+)
 from moecollab.models.footprint import Footprint
 from moecollab.models.groups import RouterGroups, router_groups
 from moecollab.models.keep import check_keep, read_keep
@@ -264,6 +271,14 @@ def test_footprint_is_what_the_files_hold(family, tmp_path):
     assert left - header - 8 == whole.rest + 5 * sum(whole.expert)
     limit = (left - header - 8) / 1e9
     assert counts(plan(scores, memory_gb=limit, model=str(folder))) == [5] * len(layers)
+
+
+def test_footprint_of_packed_weights_is_not_guessed(tmp_path):
+    folder = models.save("mixtral", tmp_path / "packed")
+    packed = {"blocks": np.zeros(1_000_000, np.uint8)}
+    save_file(load_file(folder / "model.safetensors") | packed, folder / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"holds packed weights \(torch.uint8\)"):
+        Footprint.of(str(folder))
 
 
 # router groups

@@ -159,6 +159,15 @@ def test_memory_is_told_beforehand(model_folder, texts, tmp_path):
     assert "hidden states" in told[0]
 
 
+def test_memory_for_sums_is_that_of_the_tallies(model_folder, texts, tmp_path):
+    groups = ("routing", "norms", "channels", "pairs", "vocabulary")
+    reader = LayerReader(StreamedModel(model_folder), hidden_gb=1, groups=groups)
+    reader.n_domains = 2
+    found = extract(model_folder, texts, out=tmp_path / "acts", collect=groups[2:]).tallies()
+    assert reader._sums_bytes(groups) == sum(one.nbytes for one in found.arrays.values())
+    assert reader._shard_bytes() == found["sum_output"].nbytes + found["sum_output_sq"].nbytes
+
+
 def test_too_many_hidden_states_go_to_disk(
     model_folder, texts, tmp_path, monkeypatch, small_shards
 ):

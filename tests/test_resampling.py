@@ -144,6 +144,11 @@ def test_recorded_folds_answer_all_sums(criterion, folded):
 def test_folds_that_cannot_be(model_folder, texts, tmp_path):
     with pytest.raises(SettingsError, match="folds is 1; it must be 2 or more, or 0"):
         extract(model_folder, texts, out=tmp_path / "acts", folds=1)
+    with pytest.raises(SettingsError, match=r"folds is 2\.5; it must be a whole number"):
+        extract(model_folder, texts, out=tmp_path / "acts", folds=2.5)
+    with pytest.raises(DataError, match="folds are of documents, of which there is 1"):
+        extract(model_folder, texts[:1], out=tmp_path / "acts", folds=2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sums_that_tables_do_not_hold(acts, shifted):
@@ -154,8 +159,16 @@ def test_sums_that_tables_do_not_hold(acts, shifted):
         tallies_by(acts, part[:1], 1)
     with pytest.raises(MissingInputError, match=r"easy_ep reads .*; extract again with folds=32"):
         uncertainty("easy_ep", shifted, drop=0.5)
-    with pytest.raises(MissingInputError, match="max_abs"):
+    with pytest.raises(MissingInputError, match=r"max_abs is not among .* folds=32"):
         uncertainty("max_activation", acts, drop=0.5)
+
+
+def test_norms_that_were_not_recorded_are_no_zeros(model_folder, texts, tmp_path):
+    bare = extract(model_folder, texts, out=tmp_path / "bare", norms=False)
+    part = np.arange(bare.n_samples) % 2
+    with pytest.raises(MissingInputError, match="has no norms; extract again with norms=True"):
+        tallies_by(bare, part, 2)
+    assert tallies_by(bare, part, 2, ("routing",)).count.sum() > 0
 
 
 # standard errors, intervals, probabilities

@@ -18,9 +18,11 @@ READS = {
 """What each kind of criteria reads, in the order of what it costs."""
 
 ADVICE = (
-    "For general use easy_ep if the shift was recorded (extract --collect shift), else reap; for "
-    "one domain the same on text of that domain; for several that matter alike easy_ep_mixed; "
-    "without text aimer. Beside any of them, random tells whether it is worth its trouble."
+    "For general use coverage, with a budget over the whole model if what loads the checkpoint "
+    "takes other counts per layer; where single tokens are not there, reap_sum over the whole model and "
+    "easy_ep in each layer. For one domain the same on text of that domain. Without text aimer, "
+    "which we have not judged. random tells whether any of them is worth its trouble: moecollab "
+    "compare measures it on your model."
 )
 """Which criterion to use."""
 

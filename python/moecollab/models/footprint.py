@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from moecollab.errors import UnsupportedModelError
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.loading import ModelLike, open_config, skeleton
 from moecollab.models.masked import read_masked
@@ -34,6 +36,11 @@ class Footprint:
         """The footprint of a loaded model, or of files, of which the headers alone are read.
 
         In files, experts are taken to be stored in the type that most of the bytes are in.
+
+        Raises
+        ------
+        UnsupportedModelError
+            When files hold several weights in one number, as those quantised to 4 bits do.
         """
         if isinstance(model, nn.Module):
             held = {id(value): value for value in _saved(model)}
@@ -45,8 +52,14 @@ class Footprint:
         bits: dict[Any, int] = {}
         for one in stored:
             bits[one.dtype] = bits.get(one.dtype, 0) + one.n_bytes
+        kind = max(bits, key=lambda one: bits[one])
+        if not (kind.is_floating_point or kind == torch.int8):
+            raise UnsupportedModelError(
+                f"{path} holds packed weights ({kind}), of which no expert's bytes are known; give "
+                "a Footprint of expert=(bytes of one expert of each layer) and rest=(other bytes)"
+            )
         layers = find_moe_layers(skeleton(open_config(path, moe=True)))
-        return cls._split(layers, sum(bits.values()), max(bits, key=lambda kind: bits[kind]))
+        return cls._split(layers, sum(bits.values()), kind)
 
     @classmethod
     def _split(cls, layers: list[MoeLayer], total: int, dtype: Any) -> Footprint:  # noqa: ANN401

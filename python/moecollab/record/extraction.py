@@ -77,7 +77,8 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         Seed of the choice of documents under a limit, and of the folds.
     folds : int
         Parts of the documents, ≥ 2, over which all is summed apart as well, so that
-        :func:`moecollab.uncertainty` can resample what is summed while recording only; none if 0.
+        :func:`moecollab.uncertainty` can resample what is summed while recording only; none if 0,
+        and at most one for each document.
         Sums take as many times the memory.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type the weights are loaded in; "auto" is that of the files.
@@ -127,6 +128,8 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
     run = Run(reader, speller, settings)
     samples = select_samples(text, run.tokenize, limit=tokens, seed=seed)
     run.check(samples)
+    if folds and len(samples) < 2:
+        raise DataError("folds are of documents, of which there is 1; give more text, or folds=0")
     cells = in_folds(samples, folds, seed=seed) if folds else samples
     n_domains = len({sample.document.domain for sample in cells})
     reader.announce(lengths_of(_shards(samples)), run.positions(samples), n_domains)
@@ -153,7 +156,7 @@ def _open(
             "layer_by_layer", True, "False for a model that is loaded; give its folder instead"
         )
     streamed = StreamedModel(model, dtype)
-    reader = LayerReader(streamed, hidden_gb=hidden_gb, channels="channels" in settings.collect)
+    reader = LayerReader(streamed, hidden_gb=hidden_gb, groups=settings.groups)
     return reader, load_tokenizer(streamed.path)
 
 

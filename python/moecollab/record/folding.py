@@ -51,9 +51,12 @@ def out_of_folds(cells: Tallies) -> tuple[Tallies, Tallies]:
 
 def _grouped(cells: Tallies, names: Sequence[str], order: Sequence[str]) -> Tallies:
     """Sums over the cells of each name, in the order of the names."""
-    parts = []
-    for name in order:
-        rows = [cell for cell, own in zip(cells.domains, names, strict=True) if own == name]
-        parts.append(cells.select(rows).total().arrays)
-    stacked = {key: np.stack([part[key] for part in parts]) for key in cells.arrays}
-    return Tallies(tuple(order), stacked)
+    found = {
+        key: np.empty((len(order), *value.shape[1:]), value.dtype)
+        for key, value in cells.arrays.items()
+    }
+    for row, name in enumerate(order):
+        own = [cell for cell, its in zip(cells.domains, names, strict=True) if its == name]
+        for key, value in cells.select(own).total().arrays.items():
+            found[key][row] = value
+    return Tallies(tuple(order), found)

@@ -43,7 +43,7 @@ def tallies_by(
     Raises
     ------
     MissingInputError
-        When a group is summed while recording only.
+        When a group is summed while recording only, or norms were not recorded.
     """
     wanted = tuple(groups)
     for group in wanted:
@@ -52,6 +52,10 @@ def tallies_by(
                 f"sums of {group!r} cannot be had for parts of a recording: its tables do not hold "
                 f"them token by token; choose a criterion of {', '.join(SINGLE)}"
             )
+    if "norms" in wanted and not acts.has_norms:
+        raise MissingInputError(
+            f"{acts.path} has no norms; extract again with norms=True (--norms)"
+        )
     if part.shape != (acts.n_samples,):
         raise ShapeError(f"part has shape {part.shape}, expected {(acts.n_samples,)}")
     names = tuple(str(number) for number in range(n_parts))

@@ -24,6 +24,7 @@ from moecollab.progress import Bar, say, track
 from moecollab.record.reading import Listen, Piece
 from moecollab.record.recorder import Recorder
 from moecollab.record.shelf import Shelf
+from moecollab.record.sums import names_of, zeros
 
 _SLOT_BYTES = 2 + 4 * 4  # an expert id, a weight, a norm, a peak and its channel
 _GB = 1_000_000_000
@@ -38,18 +39,18 @@ class LayerReader:
         The model.
     hidden_gb : float
         Gigabytes of hidden states that may be held in memory; more are written to disk.
-    channels : bool
-        Whether sums of every channel are recorded, which every shard in memory holds.
+    groups : sequence of str
+        What is summed; every shard in memory holds its sums of channels.
     """
 
     def __init__(
-        self, streamed: StreamedModel, *, hidden_gb: float, channels: bool = False
+        self, streamed: StreamedModel, *, hidden_gb: float, groups: Sequence[str] = ()
     ) -> None:
         if not hidden_gb >= 0:
             raise SettingsError("hidden_gb", hidden_gb, "0 or more")
         self.streamed = streamed
         self.model: Any = streamed.model
-        self.channels = channels
+        self.groups = groups
         self.n_domains = 1
         self.most = int(min(hidden_gb, 1e9) * _GB)
         self.moe = find_moe_layers(streamed.model)
@@ -98,9 +99,15 @@ class LayerReader:
         return sum(layer.top_k for layer in self.moe) * _SLOT_BYTES
 
     def _shard_bytes(self) -> int:
-        """What is recorded of a shard besides its tokens: sums of all domains."""
-        experts = sum(layer.n_experts for layer in self.moe) if self.channels else 0
-        return self.n_domains * experts * 2 * 8 * int(text_config(self.model).hidden_size)
+        """What is recorded of a shard besides its tokens: sums of channels, of all domains."""
+        return self._sums_bytes([group for group in self.groups if group == "channels"])
+
+    def _sums_bytes(self, groups: Sequence[str]) -> int:
+        """Sums of some groups over all domains."""
+        shape = (1, 1, max(layer.n_experts for layer in self.moe))
+        width = int(text_config(self.model).hidden_size)
+        each = sum(zeros(name, shape, width).nbytes for name in names_of(groups))
+        return self.n_domains * len(self.moe) * each
 
     def announce(self, lengths: Sequence[int], positions: int, n_domains: int) -> None:
         """Says how much memory will be needed, from the headers of the files."""
@@ -116,7 +123,9 @@ class LayerReader:
             "one layer": self.streamed.layer_bytes,
             "hidden states": hidden,
             # Every shard has its sums, and there are those of all shards before.
-            "routing": tokens * self._column_bytes() + (count + 1) * self._shard_bytes(),
+            "routing": tokens * self._column_bytes()
+            + count * self._shard_bytes()
+            + self._sums_bytes(self.groups),
             "a batch": working,
         }
         told = ", ".join(f"{name} {size / _GB:.2g}" for name, size in parts.items())

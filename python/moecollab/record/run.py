@@ -65,6 +65,10 @@ class Settings:
         for group in _FROM_OUTPUTS:
             if group in self.collect and not self.norms:
                 raise SettingsError("norms", self.norms, f"true to collect {group!r}")
+        for name in ("context", "batch_size", "seed", "folds", "tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int | None):
+                raise SettingsError(name, value, "a whole number")
         for name in ("context", "batch_size"):
             if getattr(self, name) < 1:
                 raise SettingsError(name, getattr(self, name), "1 or more")

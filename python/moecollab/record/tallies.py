@@ -89,6 +89,11 @@ class Tallies:
             raise SettingsError("sum", name, f"one of {', '.join(self.arrays)}")
         if name not in self.arrays:
             group = SUMS[name].group
+            if group in self.groups:  # sums of tables, and of some imports, are not all of a group
+                raise MissingInputError(
+                    f"{name} is not among these sums: it is taken while recording only; extract "
+                    "again, and with folds=32 (--folds 32) to resample it"
+                )
             how = "norms=True" if group == "norms" else f"collect={group!r}"
             raise MissingInputError(f"{name} was not recorded; extract again with {how}")
         return self.arrays[name]

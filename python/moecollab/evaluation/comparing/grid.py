@@ -15,7 +15,7 @@ from moecollab.patterns.dictionary import HSDL
 from moecollab.pruning.budgets import Per
 from moecollab.record.corpus import Corpus
 
-DEFAULT = ("reap", "reap_sum", "easy_ep", "ean_mean", "gate_sum", "caep", "random")
+DEFAULT = ("coverage", "reap", "reap_sum", "easy_ep", "ean_mean", "gate_sum", "caep", "random")
 """Criteria that are compared if none are named."""
 PLAIN = "patterns"
 """Name of the fit that a criterion of patterns reads if it names none."""
