@@ -230,7 +230,9 @@ def test_tasks_that_changed_are_not_mixed(folder, tmp_path):
     asked = {"tasks": ("five",), "task_folder": tmp_path / "tasks", "seeds": 1, "drops": (0.25,)}
     write_task(tmp_path / "tasks", tmp_path / "cache")
     run(folder, tmp_path / "out", criteria=("random",), **asked)
-    write_task(tmp_path / "tasks", tmp_path / "cache", text="so {{question}}")
+    write_task(tmp_path / "tasks", tmp_path / "other_cache")
+    data = tmp_path / "tasks" / "five.jsonl"
+    data.write_text(data.read_text().replace(" + 1 =", " plus 1 ="))
     with pytest.raises(DataError, match="answered other questions than the full model"):
         run(folder, tmp_path / "out", criteria=("random", "reap"), **asked)
 
