@@ -1,5 +1,6 @@
 """Scores for several domains: sums of shares, and weights that raise the worst domain."""
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -104,6 +105,19 @@ def test_fair_scores_hold_for_one_drop(tmp_path):
     assert plan(again, drop=0.5).n_dropped == 4
     with pytest.raises(PlanError, match=r"hold for drop=0.5, not 0.25"):
         plan(again, drop=0.25)
+
+
+def test_blends_of_scores_for_one_drop_hold_for_it():
+    quarter, half = (
+        replace(make_scores([[1, 2, 3, 4]]), settings={"drop": drop}) for drop in (0.25, 0.5)
+    )
+    with pytest.raises(PlanError, match=r"hold for drop=0.25, not 0.5"):
+        plan(blend([quarter, quarter]), drop=0.5)
+    assert plan(blend([quarter, make_scores([[1, 2, 3, 4]])]), drop=0.25).n_dropped == 1
+    with pytest.raises(PlanError, match=r"hold for drop=0.25 and 0.5"):
+        blend([quarter, half])
+    with pytest.raises(PlanError, match=r"hold for drop=0.25 and 0.5"):
+        blend([quarter, quarter], how="fair", drop=0.5)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,22 @@ def test_a_run_can_be_extended(folder, tmp_path):
         run(folder, out, criteria=("easy_ep",))
 
 
+def test_criteria_of_patterns_can_come_later(folder, tmp_path):
+    out, other = tmp_path / "out", mc.HSDL(atoms=(3,), rows="token")
+    asked = {"seeds": 1, "drops": (0.25,)}
+    run(folder, out, criteria=("reap",), **asked)
+    both = run(folder, out, criteria=("reap", "caep"), **asked)
+    anew = run(folder, tmp_path / "anew", criteria=("reap", "caep"), **asked)
+    assert both.values.equals(anew.values)
+    run(folder, out, criteria=("reap",), **asked)
+    with pytest.raises(StaleInputError, match="another fits"):
+        run(folder, out, criteria=("caep",), fits=other, **asked)
+    # Another name for the first fit: its scores are not those of the other.
+    run(folder, out, criteria=("caep",), fits={"other": other, "patterns": FIT}, **asked)
+    scores = (out / "seed-0" / "scores").glob("caep*")
+    assert {path.stem for path in scores} == {"caep@patterns-0.25", "caep@other-0.25"}
+
+
 def test_text_that_calibrates_may_not_judge(folder, tmp_path):
     with pytest.raises(DataError, match="must not calibrate"):
         mc.compare(folder, CALIBRATION, [*HELD_OUT, CALIBRATION[3]], out=tmp_path / "out")
@@ -208,6 +224,17 @@ def test_tasks_are_answered_by_every_cut(folder, tmp_path):
     own = found.cells.filter(per=row["per"])["cut"]
     assert row["cost"] == pytest.approx(full - np.mean([by_cut[cut] for cut in own]))
     assert math.isnan(row["critical"])
+
+
+def test_tasks_that_changed_are_not_mixed(folder, tmp_path):
+    asked = {"tasks": ("five",), "task_folder": tmp_path / "tasks", "seeds": 1, "drops": (0.25,)}
+    write_task(tmp_path / "tasks", tmp_path / "cache")
+    run(folder, tmp_path / "out", criteria=("random",), **asked)
+    write_task(tmp_path / "tasks", tmp_path / "other_cache")
+    data = tmp_path / "tasks" / "five.jsonl"
+    data.write_text(data.read_text().replace(" + 1 =", " plus 1 ="))
+    with pytest.raises(DataError, match="answered other questions than the full model"):
+        run(folder, tmp_path / "out", criteria=("random", "reap"), **asked)
 
 
 def test_the_seeds_draw_other_documents_of_every_domain():

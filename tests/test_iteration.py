@@ -127,6 +127,20 @@ def test_other_settings_are_refused_or_start_over(model_folder, texts, tmp_path)
     assert settings["drop"] == 0.25
 
 
+def test_a_keep_list_that_changed_is_another_setting(model_folder, texts, tmp_path):
+    listed = tmp_path / "keep.json"
+    listed.write_text('{"0": [1]}')
+    asked = {"drop": 0.5, "rounds": 2, "out": tmp_path / "run"}
+    iterate(model_folder, texts, "reap", keep=listed, **asked)
+    (tmp_path / "run" / "plan.json").unlink()
+    made = iterate(model_folder, texts, "reap", keep={0: (1,)}, **asked)
+    assert made.protected == {0: (1,)}
+    (tmp_path / "run" / "plan.json").unlink()
+    listed.write_text('{"0": [2]}')
+    with pytest.raises(StaleInputError, match="other settings"):
+        iterate(model_folder, texts, "reap", keep=listed, **asked)
+
+
 def test_a_loaded_model_is_left_as_it_was(texts, tokenizer, token_ids, logits, tmp_path):
     model = models.build("mixtral")
     before = logits(model, token_ids)

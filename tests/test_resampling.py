@@ -1,6 +1,7 @@
 """How sure scores and plans are: against simulation, closed forms and published figures."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -15,7 +16,7 @@ from moecollab import criteria
 from moecollab.criteria.base import SUMMED, Needs
 from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
-from moecollab.errors import DataError, MissingInputError, SettingsError, ShapeError
+from moecollab.errors import DataError, MissingInputError, PlanError, SettingsError, ShapeError
 from moecollab.pruning.planning import plan
 from moecollab.pruning.plans import load_plan
 from moecollab.pruning.rankings import agreement
@@ -384,6 +385,24 @@ def test_opposite_equal_and_constant_rankings(tmp_path):
         agreement([up])
     with pytest.raises(ShapeError, match="not of the same layers"):
         agreement([up, make_scores([[1, 2]])])
+
+
+def test_plans_for_another_drop_or_by_similarities_are_not_compared(simple):
+    made = replace(make_scores([[1, 2, 3, 4]], "caep"), settings={"drop": 0.25})
+    assert agreement([made, made], drop=0.25)["jaccard"].to_list() == [1]
+    with pytest.raises(PlanError, match=r"caep scores hold for drop=0.25, not 0.5"):
+        agreement([made, made])
+    with pytest.raises(SettingsError, match="or 'entropy' where plans are compared"):
+        agreement([made, made], drop=0.25, per="similarity")
+    with pytest.raises(SettingsError, match="or 'entropy' for resampled plans"):
+        uncertainty("frequency", simple, drop=0.5, per="similarity")
+
+
+def test_recordings_with_and_without_folds_are_resampled_together(model_folder, texts, tmp_path):
+    acts = [extract(model_folder, texts, out=tmp_path / str(n), folds=n) for n in (0, 4)]
+    found = uncertainty("frequency", acts, drop=0.5, resamples=20)
+    assert found.spread.settings["folds"] == [acts[0].n_samples, 4]
+    assert (found.counts == 2 * score("frequency", acts[0]).counts).all()
 
 
 SUMMABLE = [

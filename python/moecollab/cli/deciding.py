@@ -9,7 +9,7 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
-from moecollab.cli.options import Out, Overwrite, Seed, decimals, say
+from moecollab.cli.options import Out, Overwrite, PerScores, Seed, decimals, say
 
 Per = Annotated[
     Literal["layer", "model", "entropy", "similarity"],
@@ -103,7 +103,7 @@ def uncertainty(  # noqa: PLR0913 (one parameter per option)
     drop: Drop = None,
     experts: Experts = None,
     mass: Mass = None,
-    per: Per = "layer",
+    per: PerScores = "layer",
     floor: Floor = 0,
     folds: Annotated[int, typer.Option(help="Parts of the documents that are drawn")] = 64,
     resamples: Annotated[int, typer.Option(help="Draws")] = 200,
@@ -139,12 +139,12 @@ def agreement(
     scores: Annotated[list[Path], typer.Argument(help="Files made by score, two or more")],
     out: Annotated[Path | None, typer.Option(help="Parquet file for the table")] = None,
     drop: Annotated[float, typer.Option(help="Share dropped by the plans compared")] = 0.5,
-    per: Per = "layer",
+    per: PerScores = "layer",
     overwrite: Overwrite = False,
 ) -> None:
     """Compares how criteria, seeds or texts rank the experts, every two of them.
 
-    Example: moecollab agreement run/scores/reap.parquet run/scores/caep.parquet
+    Example: moecollab agreement run/scores/reap.parquet run/scores/caep.parquet --drop 0.25
     """
     found = mc.agreement(scores, drop=drop, per=per, out=out, overwrite=overwrite)
     for row in found.iter_rows(named=True):

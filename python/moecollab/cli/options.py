@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,10 @@ from moecollab.errors import SettingsError, unknown_name
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a model, or a masked model")]
 Out = Annotated[Path, typer.Option(help="Where the result goes")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result")]
+PerScores = Annotated[
+    Literal["layer", "model", "entropy"],
+    typer.Option(help="Layers drop equally many, or share a budget of the model"),
+]
 Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
 Context = Annotated[int, typer.Option(help="Tokens read at once; longer text is read in pieces")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 import moecollab as mc
 from moecollab import progress
-from moecollab.cli.options import Batch, Context, Dtype, Model, Out, Overwrite, Seed, say
+from moecollab.cli.options import Batch, Context, Dtype, Model, Out, Overwrite, PerScores, Seed, say
 
 
 def iterate(  # noqa: PLR0913 (one parameter per option)
@@ -19,10 +19,7 @@ def iterate(  # noqa: PLR0913 (one parameter per option)
     drop: Annotated[float, typer.Option(help="Share of the experts gone at the end, in [0, 1)")],
     out: Out,
     rounds: Annotated[int, typer.Option(help="Recordings; each drops an equal share more")] = 4,
-    per: Annotated[
-        Literal["layer", "model", "entropy"],
-        typer.Option(help="Layers drop equally many, or share a budget of the model"),
-    ] = "layer",
+    per: PerScores = "layer",
     floor: Annotated[int, typer.Option(help="Experts that every layer keeps at least")] = 0,
     keep: Annotated[
         Path | None, typer.Option(help="JSON of experts that stay, {layer: [ids]}, or a plan")

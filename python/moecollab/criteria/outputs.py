@@ -120,7 +120,10 @@ def easy_ep_mixed(evidence: Evidence, /) -> NDArray[np.float64]:
     Not defined when: a domain has no shift in a layer; it adds 0 there
     """
     if evidence.by_domain is None:
-        raise MissingInputError("easy_ep_mixed needs sums by domain; pass activations")
+        raise MissingInputError(
+            "easy_ep_mixed needs sums by domain, which resampled sums are not; use easy_ep, or "
+            "score a recording"
+        )
     shift = evidence.by_domain["sum_shift"]
     total = shift.sum(axis=-1, keepdims=True)
     share: NDArray[np.float64] = np.zeros(shift.shape)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.criteria.scores import Scores, load_scores
-from moecollab.errors import DataError, SettingsError, ShapeError
+from moecollab.errors import DataError, PlanError, SettingsError, ShapeError
 from moecollab.manifest import refuse_existing
 from moecollab.pruning.budgets import Budget
 from moecollab.pruning.plans import grouped
@@ -66,6 +66,8 @@ def blend(
         When the scores are not of the same model.
     DataError
         When a score is negative, so that there are no shares.
+    PlanError
+        When scores hold for different `drop`, or for another than that given.
     """
     if how not in get_args(How):
         raise SettingsError("how", how, "'sum' or 'fair'")
@@ -79,9 +81,10 @@ def blend(
         if weights is not None or drop is None:
             raise SettingsError("how", how, "given with drop and without weights")
         fair = fairest(shares, _Cut(found[0], Budget(drop=drop).drop or 0.0))
-        settings |= {"drop": float(drop), "least_kept": fair.least, "bound": fair.bound}
+        settings |= _made_for(found, drop) | {"least_kept": fair.least, "bound": fair.bound}
         chosen = fair.weights
     else:
+        settings |= _made_for(found, None)
         chosen = _checked(weights, len(found))
     settings["weights"] = chosen.tolist()
     named = {one.criterion for one in found}
@@ -234,6 +237,18 @@ def _checked(weights: Sequence[float] | None, n_domains: int) -> NDArray[np.floa
     if not valid or not chosen.any():
         raise SettingsError("weights", weights, f"{n_domains} numbers ≥ 0, not all 0")
     return chosen
+
+
+def _made_for(found: Sequence[Scores], drop: float | None) -> dict[str, float]:
+    """The drop that the result holds for, where some scores or a fair blend hold for one alone."""
+    known = [one.settings.get("drop") for one in found] + [drop]
+    drops = sorted({float(one) for one in known if isinstance(one, float | int)})
+    if len(drops) > 1:
+        named = " and ".join(f"{one:g}" for one in drops)
+        raise PlanError(
+            f"these scores and their blend hold for drop={named}; score and blend with one drop"
+        )
+    return {"drop": drops[0]} if drops else {}
 
 
 def _name(scores: Scores) -> str:

@@ -58,6 +58,11 @@ class Budget:
         if len(given) > 1:
             raise SettingsError("budget", given, f"one of {', '.join(AMOUNTS)}, not several")
 
+    def check_scores_suffice(self, where: str) -> None:
+        """Raises SettingsError if layers share by similarities, which nothing but plan takes."""
+        if self.per == "similarity":
+            raise SettingsError("per", self.per, f"'layer', 'model' or 'entropy' {where}")
+
     @property
     def amount(self) -> str:
         """Which of the amounts is given; empty where none is."""

@@ -26,7 +26,7 @@ from moecollab.progress import say
 from moecollab.pruning.budgets import Budget, Per
 from moecollab.pruning.planning import plan
 from moecollab.pruning.plans import Plan, load_plan
-from moecollab.pruning.sites import Named
+from moecollab.pruning.sites import Named, sorted_sites, with_text_keys
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.corpus import Corpus, Source, read_corpus
 from moecollab.record.extraction import extract
@@ -103,12 +103,14 @@ def iterate(  # noqa: PLR0913 (it records, scores and plans)
     """
     chosen = criteria.get(criterion)
     _check(chosen, model, rounds, Budget(drop=drop, per=per, floor=floor))
+    protected = sorted_sites("keep", keep)
     folder, text = Path(out), read_corpus(corpus)
     refuse_existing(folder / PLAN, overwrite=overwrite)
     loaded, found = load_model(model, dtype)
     recording = {"tokens": tokens, "context": context, "batch_size": batch_size, "seed": seed}
     settings = {"criterion": criterion, "drop": drop, "rounds": rounds, "per": per, "floor": floor}
-    settings |= {"keep": str(keep), "hsdl": None if hsdl is None else str(asdict(hsdl))}
+    settings |= {"keep": with_text_keys(protected)}
+    settings |= {"hsdl": None if hsdl is None else str(asdict(hsdl))}
     inputs = {"model": digest_model(loaded), "corpus": text.digest}
     about = manifest(KIND, FORMAT, settings=settings | recording, inputs=inputs, seed=seed)
     _prepare(folder, about, overwrite=overwrite)
@@ -118,7 +120,7 @@ def iterate(  # noqa: PLR0913 (it records, scores and plans)
         criterion=chosen,
         folder=folder,
         hsdl=hsdl or HSDL(),
-        budget={"per": per, "floor": floor, "keep": keep},
+        budget={"per": per, "floor": floor, "keep": protected},
         recording=recording | {"tokenizer": tokenizer or found},
         seed=seed,
     )
@@ -209,8 +211,7 @@ class _Rounds:
 def _check(criterion: Criterion, model: ModelLike, rounds: int, budget: Budget) -> None:
     if rounds < 1:
         raise SettingsError("rounds", rounds, "1 or more")
-    if budget.per == "similarity":
-        raise SettingsError("per", budget.per, "'layer', 'model' or 'entropy' in rounds")
+    budget.check_scores_suffice("in rounds")
     if criterion.needs & _UNMASKED:
         raise SettingsError(
             "criterion",

@@ -109,7 +109,7 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
     if not budget.amount and not doomed:
         raise SettingsError("budget", None, f"given: one of {', '.join(AMOUNTS)}, or drop_list")
     if drop is not None:
-        _check_made_for(found, drop, _SAME)
+        check_made_for(found, drop)
     protected = read_sites("keep", keep, found)
     known = _groups(found, groups)
     gone = decide(
@@ -121,7 +121,7 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         similarity=_matrices(similarity),
     )
     went = float(gone.mean()) if drop is None else drop
-    _check_made_for(found, went, 0.5 / found.n_experts)
+    check_made_for(found, went, 0.5 / found.n_experts)
     made = Plan(
         keep=kept_ids(gone, found.layers),
         n_experts=found.n_experts,
@@ -176,7 +176,8 @@ def _sureness(scores: Scores, budget: Budget, kept: NDArray[np.bool_]) -> float 
     return float(scores.spread.kept_probability[kept].mean())
 
 
-def _check_made_for(scores: Scores, drop: float, near: float) -> None:
+def check_made_for(scores: Scores, drop: float, near: float = _SAME) -> None:
+    """Raises PlanError if the scores hold for another `drop`, further away than `near`."""
     made_for = scores.settings.get("drop", drop)
     if isinstance(made_for, float) and abs(made_for - drop) > near:
         raise PlanError(

@@ -15,7 +15,7 @@ from moecollab.criteria.scores import Scores, load_scores
 from moecollab.errors import DataError, ShapeError
 from moecollab.manifest import refuse_existing
 from moecollab.pruning.budgets import Budget, Per
-from moecollab.pruning.planning import decide
+from moecollab.pruning.planning import check_made_for, decide
 from moecollab.pruning.resampling import jaccard
 
 
@@ -46,7 +46,14 @@ def agreement(
         first and second (names of files, or of criteria), spearman and kendall (tau-b), means over
         the layers in which neither is constant, null where there is none; jaccard, the mean over
         layers of the Jaccard index of the kept experts.
+
+    Raises
+    ------
+    PlanError
+        When scores hold for another `drop`, as those of ``caep`` do, or the budget cannot be met.
     """
+    budget = Budget(drop=drop, per=per)
+    budget.check_scores_suffice("where plans are compared")
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     found = [one if isinstance(one, Scores) else load_scores(one) for one in scores]
@@ -57,7 +64,9 @@ def agreement(
             "the scores are not of the same layers and experts; give those of one model"
         )
     names = _names(scores, found)
-    kept = [~decide(one, Budget(drop=drop, per=per)) for one in found]
+    for one in found:
+        check_made_for(one, drop)
+    kept = [~decide(one, budget) for one in found]
     rows = [
         {
             "first": names[one],

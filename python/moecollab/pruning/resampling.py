@@ -25,7 +25,7 @@ from moecollab.pruning.planning import decide
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.folding import folds_of
 from moecollab.record.folds import SINGLE, tallies_by
-from moecollab.record.sums import SUMS
+from moecollab.record.sums import SUMS, names_of
 from moecollab.record.tallies import Tallies
 
 Recorded: TypeAlias = "Activations | str | PathLike[str]"
@@ -98,6 +98,7 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     budget = Budget(drop=drop, experts=experts, mass=mass, per=per, floor=floor)
     if not budget.amount:
         raise SettingsError("budget", None, "given: drop, experts or mass")
+    budget.check_scores_suffice("for resampled plans")
     opened = _opened(activations)
     whole = _whole(criterion, opened, budget, seed)
     resampler = Resampler(chosen, whole, budget, _folded(chosen, opened, folds, seed))
@@ -229,7 +230,13 @@ def _folded(
             )
         part = folds_of(acts.n_samples, n_folds, seed=seed)
         found.append(tallies_by(acts, part, n_folds, groups))
-    return found
+    return _alike(found, names_of(groups))
+
+
+def _alike(parts: list[Tallies], names: Sequence[str]) -> list[Tallies]:
+    """The parts with those of some sums that all of them hold."""
+    shared = [name for name in names if all(name in part.arrays for part in parts)]
+    return [Tallies(part.domains, {name: part[name] for name in shared}) for part in parts]
 
 
 def _whole(criterion: str, opened: list[Activations], budget: Budget, seed: int) -> Scores:

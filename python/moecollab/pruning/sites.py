@@ -42,6 +42,18 @@ def read_sites(
     return found
 
 
+def sorted_sites(name: Literal["keep", "drop_list"], given: Named) -> dict[int, list[int]]:
+    """The named experts as plain data, read once; they are in no model yet.
+
+    Raises
+    ------
+    DataError
+        When a file is not of such a mapping nor a plan.
+    """
+    found = sorted(_opened(name, given).items())
+    return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in found}
+
+
 def _opened(name: str, given: Named) -> Sites:
     """The mapping itself, or that in a file."""
     if not isinstance(given, str | PathLike):

@@ -100,7 +100,8 @@ class Calibration:
     ) -> Scores:
         """Scores of one criterion, from their file if they have been made."""
         ending = f"-{drop:g}" if entry.criterion.by_drop else ""
-        path = self.folder / "scores" / f"{entry.name}{ending}.parquet"
+        read = "" if entry.fit is None else f"@{entry.fit}"
+        path = self.folder / "scores" / f"{entry.criterion.name}{read}{ending}.parquet"
         if path.exists():
             return load_scores(path)
         needs = entry.criterion.needs

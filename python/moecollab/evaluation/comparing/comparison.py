@@ -114,12 +114,23 @@ class Comparison:
 
 def tidy(cells: pl.DataFrame, measured: Path) -> Comparison:
     """The comparison of some cells, from the files of their cuts."""
-    full = _rows(FULL, load_evaluation(measured / f"{FULL}.json"))
+    whole = load_evaluation(measured / f"{FULL}.json")
+    full = _rows(FULL, whole)
     parts = [full.select(list(VALUES))]
     for name in cells["cut"].unique(maintain_order=True):
-        found = _rows(name, load_evaluation(measured / f"{name}.json"))
-        parts.append(_against(found, full, name))
+        cut = load_evaluation(measured / f"{name}.json")
+        if _questions(cut) != _questions(whole):
+            raise DataError(
+                f"cut {name} answered other questions than the full model; the tasks changed since "
+                "the run began, so pass overwrite=True (--overwrite) to start anew"
+            )
+        parts.append(_against(_rows(name, cut), full, name))
     return Comparison(cells, pl.concat(parts).cast(VALUES))  # type: ignore[arg-type]
+
+
+def _questions(found: Evaluation) -> list[tuple[str, str, str, str]]:
+    """Every task with the digest of its questions."""
+    return [(task.task, task.metric, task.filter, task.questions) for task in found.tasks]
 
 
 def _against(found: pl.DataFrame, full: pl.DataFrame, name: str) -> pl.DataFrame:

@@ -159,13 +159,16 @@ def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> Path:
     file = folder / MANIFEST
     if not file.exists():
         refuse_existing(folder, overwrite=overwrite)
-    elif changed := _changed(read_json(file), about):
+    elif changed := _changed(before := read_json(file), about):
         if not overwrite:
             raise StaleInputError(
                 f"{folder} holds a comparison with another {', '.join(changed)}; choose another "
                 "output, or pass overwrite (--overwrite) to start anew"
             )
         shutil.rmtree(folder)
+    else:  # the fits of before are still there
+        fits = before["settings"]["fits"] | about["settings"]["fits"]
+        about = {**about, "settings": about["settings"] | {"fits": fits}}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(about), overwrite=True)
     return folder
@@ -179,8 +182,16 @@ def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         name
         for part in ("settings", "inputs")
         for name in wanted[part]
-        if name not in EXTENDABLE and found.get(part, {}).get(name) != wanted[part][name]
+        if name not in EXTENDABLE and _differs(name, found.get(part, {}), wanted[part])
     ]
+
+
+def _differs(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a setting differs; of fits, those that both runs read."""
+    before, now = found.get(name), wanted[name]
+    if name == "fits" and isinstance(before, Mapping):
+        return any(before[fit] != now[fit] for fit in before.keys() & now.keys())
+    return bool(before != now)
 
 
 def _run(
