@@ -233,3 +233,32 @@ def test_a_spilled_file_that_is_cut_short_is_named(tmp_path):
 def test_layers_of_a_table_are_a_sequence(acts):
     with pytest.raises(SettingsError, match=r"layers is 1; it must be a sequence, such as \[1\]"):
         acts.to_polars(1)
+
+
+def test_sums_that_are_slow_to_write_are_written_less_often(
+    monkeypatch, model_folder, texts, tmp_path, whole
+):
+    """A kill after the third of four shards: the two since the sums were written are made again."""
+    clock, kept, put = [0.0], [], []
+    keep, write = ShardStore.keep, ShardStore.write
+
+    def slowly(self, sums, n_shards):
+        keep(self, sums, n_shards)
+        kept.append(n_shards)
+        clock[0] += 2.0
+
+    def counting(self, number, *arguments):
+        write(self, number, *arguments)
+        put.append(number)
+        if put == [0, 1, 2]:
+            raise Killed
+
+    monkeypatch.setattr(run, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(ShardStore, "keep", slowly)
+    monkeypatch.setattr(ShardStore, "write", counting)
+    with pytest.raises(Killed):
+        extract(model_folder, texts, out=tmp_path / "acts", collect="channels")
+    assert kept == [1]
+    acts = extract(model_folder, texts, out=tmp_path / "acts", collect="channels")
+    assert put[3:] == [1, 2, 3]
+    assert files(acts.path) == whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ from moecollab.record.sums import GROUPS, names_of
 from moecollab.record.tallying import Tokens, tally
 from moecollab.record.windows import Sample
 
+SLOW = 1.0
+"""Seconds from which on writing the sums is put off."""
+PATIENCE = 10
+"""Least time between two slow writes, in times of what one took."""
 _FROM_OUTPUTS = ("shift", "channels")
 
 
@@ -95,8 +100,9 @@ def lengths_of(shards: Sequence[Sequence[Sample]]) -> list[int]:
 class Sums:
     """Sums of the first shards of a recording, in memory and on disk.
 
-    They are written before the shard that was added last, so that every shard that is there has
-    been added once; one that must be made again adds nothing.
+    They are written before the shard that was added last, so that one that must be made again adds
+    nothing. Large sums are not written after every shard: no more than a tenth of the time goes
+    there, and a killed run makes the shards since then again.
 
     Parameters
     ----------
@@ -118,6 +124,7 @@ class Sums:
         self.n_experts = n_experts
         self.groups = groups
         self.total, self.n_shards = store.sums()
+        self._took, self._kept_at = 0.0, 0.0
 
     def has(self, number: int) -> bool:
         """Whether a shard is done."""
@@ -129,7 +136,11 @@ class Sums:
             return
         given = (self.domains, tokens, layers, self.n_experts, self.groups)
         self.total, self.n_shards = tally(*given, self.total), number + 1
-        self.store.keep(self.total, self.n_shards)
+        if self._took < SLOW or monotonic() - self._kept_at >= PATIENCE * self._took:
+            started = monotonic()
+            self.store.keep(self.total, self.n_shards)
+            self._kept_at = monotonic()
+            self._took = self._kept_at - started
 
 
 class Run:
