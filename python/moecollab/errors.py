@@ -88,5 +88,5 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> SettingsError:
     from difflib import get_close_matches
 
     near = get_close_matches(name, known, n=3)
-    hint = f"did you mean {', '.join(near)}? " if near else ""
-    return SettingsError(kind, name, f"one of: {', '.join(sorted(known))} {hint}".strip())
+    hint = f"a known one; did you mean {', '.join(near)}? All: " if near else "one of: "
+    return SettingsError(kind, name, hint + ", ".join(sorted(known)))

@@ -49,7 +49,7 @@ def comparison_figure(comparison: Comparison, measure: str = "loss") -> go.Figur
     figure.update_xaxes(title_text="share of experts dropped", tickformat=".0%")
     unit = "nats a token" if measure == "loss" else "share of questions"
     figure.update_yaxes(title_text=f"cost, {unit}", col=1, rangemode="tozero")
-    return styled(figure, height=480)
+    return styled(figure, height=480).update_layout(margin={"t": 48})
 
 
 def _line(own: pl.DataFrame, name: str, color: str, *, shown: bool) -> go.Scatter:
