@@ -159,7 +159,7 @@ def test_sums_that_tables_do_not_hold(acts, shifted):
         tallies_by(acts, part[:1], 1)
     with pytest.raises(MissingInputError, match=r"easy_ep reads .*; extract again with folds=32"):
         uncertainty("easy_ep", shifted, drop=0.5)
-    with pytest.raises(MissingInputError, match=r"max_abs is not among .* folds=32"):
+    with pytest.raises(MissingInputError, match=r"max_abs was not recorded .* folds=32"):
         uncertainty("max_activation", acts, drop=0.5)
 
 

@@ -91,8 +91,8 @@ class Tallies:
             group = SUMS[name].group
             if group in self.groups:  # sums of tables, and of some imports, are not all of a group
                 raise MissingInputError(
-                    f"{name} is not among these sums: it is taken while recording only; extract "
-                    "again, and with folds=32 (--folds 32) to resample it"
+                    f"{name} was not recorded with these sums; it is taken while the model runs: "
+                    "extract again, and with folds=32 (--folds 32) to resample it"
                 )
             how = "norms=True" if group == "norms" else f"collect={group!r}"
             raise MissingInputError(f"{name} was not recorded; extract again with {how}")
