@@ -177,7 +177,8 @@ def markdown(found: mc.Comparison, measure: str, per: str) -> str:
             )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     critical = table["critical"][0]
-    lines += ["", f"Ranks that differ by less than {critical:.1f} are not told apart."]
+    if critical == critical:  # not a number for a task, which is one domain
+        lines += ["", f"Ranks that differ by less than {critical:.1f} are not told apart."]
     return "\n".join(lines)
 
 

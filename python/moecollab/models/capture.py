@@ -7,6 +7,7 @@ a class of their own here and name it in their layout.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -53,13 +54,13 @@ class _CalledCapture(Capture):
         changed = self._changed(call, ids, weights)
         return changed.args, changed.kwargs
 
+    @abstractmethod
     def _changed(self, call: Call, ids: Tensor, weights: Tensor) -> Call:
         """The call that the container gets instead, so that its outputs can be told."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Tells of what is not told yet; what it returns the container does, if not None."""
-        raise NotImplementedError
 
 
 class ContainerCapture(_CalledCapture):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -30,7 +31,7 @@ class Listener(Protocol):
         """Weighted sum of the outputs, (n_positions, hidden)."""
 
 
-class Capture:
+class Capture(ABC):
     """Hooks on one layer that leave what the model computes as it is.
 
     Parameters
@@ -48,6 +49,6 @@ class Capture:
         self.listener = listener
         self.wants_outputs = outputs
 
+    @abstractmethod
     def attach(self) -> Sequence[RemovableHandle]:
         """Starts to listen; removing the handles ends it."""
-        raise NotImplementedError
