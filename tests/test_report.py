@@ -257,6 +257,12 @@ def test_the_map_of_agreement_is_that_of_the_scores(run, html):
         assert found[at] == found[at[::-1]] == pytest.approx(100 * row["jaccard"])
 
 
+def test_the_commands_resample_again(html):
+    """The plan knows how sure it is, so its scores were resampled."""
+    command = "uncertainty run/activations --criterion caep --collaboration run/collaboration"
+    assert f"moecollab {command} --drop 0.25 --per layer --out run/scores.parquet" in html
+
+
 def test_scores_without_a_spread_or_company_have_no_such_figures(run, tmp_path):
     lone = run / "scores" / "random-25.parquet"
     text = report(tmp_path / "a.html", scores=lone, plan=run / "plan.json").read_text()
