@@ -248,8 +248,7 @@ def test_halves_of_one_text_keep_what_draws_of_it_keep(tmp_path):
         kept.append([np.isin(np.arange(8), made.keep[layer]) for layer in acts.layers])
     fresh = jaccard(np.array(kept[0]), np.array(kept[1])).mean()
     found = uncertainty("coverage", tmp_path / "0", drop=0.5, resamples=60).spread.stability
-    print("SPLIT", found, fresh)
-    assert found == pytest.approx(fresh, abs=0.25)
+    assert found == pytest.approx(fresh, abs=0.15)  # chance is 0.36
 
 
 def test_several_fits_of_one_recording_are_drawn_too(acts, tmp_path):
