@@ -129,14 +129,22 @@ def test_blends_of_scores_for_one_drop_hold_for_it():
         ([[[1, 2]]], {"how": "best"}, SettingsError, "how is 'best'"),
         ([[[1, 2]]], {"how": "fair"}, SettingsError, "given with drop and without weights"),
         ([[[1, 2]]], {"how": "fair", "drop": 1.0}, SettingsError, r"drop is 1.0"),
+        (
+            [[[1, 2, 3, 4]]],
+            {"how": "fair", "drop": 0.75, "top_k": 2},
+            PlanError,
+            "would keep 1 experts but the router selects top_k=2; lower drop to 0.5 or less",
+        ),
         ([[[1, 2]]], {"weights": [1, 2]}, SettingsError, "1 numbers ≥ 0, not all 0"),
         ([[[1, 2]]], {"weights": [0.0]}, SettingsError, "not all 0"),
         ([[[1, 2]]], {"weights": [np.nan]}, SettingsError, "not all 0"),
     ],
 )
 def test_what_cannot_be_blended(scores, asked, error, message):
+    top_k = asked.get("top_k", 1)
+    settings = {name: value for name, value in asked.items() if name != "top_k"}
     with pytest.raises(error, match=message):
-        blend([make_scores(values) for values in scores], **asked)
+        blend([make_scores(values, top_k) for values in scores], **settings)
 
 
 def test_scores_of_one_domain(acts):

@@ -137,7 +137,7 @@ def test_impossible_budget_says_what_is_possible(per, top_k, keep, message):
 
 @pytest.mark.parametrize("drop", [-0.1, 1.0, math.nan, 7])
 def test_drop_out_of_range(drop):
-    with pytest.raises(SettingsError, match=r"drop is .*; it must be in \[0, 1\)"):
+    with pytest.raises(SettingsError, match=r"drop is .*; it must be a share in \[0, 1\)"):
         plan(make_scores([[1, 2]]), drop=drop)
 
 
@@ -145,9 +145,9 @@ def test_other_wrong_settings():
     scores = make_scores([[1, 2]])
     with pytest.raises(SettingsError, match="per is 'expert'; it must be 'layer' or 'model'"):
         plan(scores, drop=0, per="expert")
-    with pytest.raises(SettingsError, match="keep is 5; it must be one of the MoE layers"):
+    with pytest.raises(SettingsError, match=r"keep is {5: \(0,\)}; it must be of the MoE layers"):
         plan(scores, drop=0, keep={5: [0]})
-    with pytest.raises(SettingsError, match=r"it must be expert ids in \[0, 2\)"):
+    with pytest.raises(SettingsError, match=r"it must be of expert ids in \[0, 2\)"):
         plan(scores, drop=0, keep={0: [2]})
 
 

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from moecollab import progress
 from moecollab.errors import SettingsError, unknown_name
 
 Model = Annotated[str, typer.Argument(help="Folder or hub name of a model, or a masked model")]
@@ -66,9 +65,3 @@ def held(context: typer.Context, hidden_gb: float) -> float:
     if given and not context.params["layer_by_layer"]:
         raise typer.BadParameter("it works with --layer-by-layer; give both or leave it out")
     return hidden_gb
-
-
-def say_context(asked: int, read: int) -> None:
-    """Says that a model reads less at once than was asked for."""
-    if read < asked:
-        progress.say(f"read in pieces of {read} tokens, not {asked}: the model has no more places")

@@ -24,7 +24,6 @@ from moecollab.cli.options import (
     Seed,
     held,
     numbers,
-    say_context,
     sums,
 )
 from moecollab.cli.options import say as _say
@@ -86,7 +85,6 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             hidden_gb=hidden_gb,
             overwrite=overwrite,
         )
-        say_context(context, acts.manifest["settings"]["context"])
     _say(f"{out}: {acts!r}")
 
 
@@ -309,7 +307,6 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
             out=out,
             overwrite=overwrite,
         )
-        say_context(context, found.about["settings"]["context"])
     _say(f"{out}: {found!r}")
 
 
