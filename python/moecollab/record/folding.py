@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moecollab.record.sums import add, total
+from moecollab.record.sums import add
 from moecollab.record.tallies import Tallies
 from moecollab.record.windows import Sample
 
@@ -40,41 +40,28 @@ def in_folds(samples: Sequence[Sample], n_folds: int, *, seed: int) -> list[Samp
 
 
 def out_of_folds(cells: Tallies) -> tuple[Tallies, Tallies]:
-    """Sums by domain, and by fold, of sums by both; folds are named by their number.
-
-    Sums by fold are made in the place of the cells, which are used up: large sums are held once.
-
-    Parameters
-    ----------
-    cells : Tallies
-        Sums of the samples of :func:`in_folds`, in the order of their names.
-    """
-    folds, domains = zip(*(cell.split(_BETWEEN, 1) for cell in cells.domains), strict=True)
-    return _by_domain(cells, domains), _by_fold(cells, folds)
+    """Sums by domain, and by fold, of sums by both; folds are named by their number."""
+    named = [cell.split(_BETWEEN, 1) for cell in cells.domains]
+    domains = [domain for _, domain in named]
+    folds = [str(int(fold)) for fold, _ in named]
+    return (
+        _grouped(cells, domains, sorted(set(domains))),
+        _grouped(cells, folds, sorted(set(folds), key=int)),
+    )
 
 
-def _by_domain(cells: Tallies, domains: Sequence[str]) -> Tallies:
-    """Sums over the cells of each domain, in new arrays."""
-    names = sorted(set(domains))
+def _grouped(cells: Tallies, names: Sequence[str], order: Sequence[str]) -> Tallies:
+    """Sums over the cells of each name, in the order of the names; of one cell each, its own."""
+    if list(names) == list(order):
+        return Tallies(tuple(order), cells.arrays)
     found = {
-        key: np.zeros((len(names), *value.shape[1:]), value.dtype)
+        key: np.zeros((len(order), *value.shape[1:]), value.dtype)
         for key, value in cells.arrays.items()
     }
-    for cell, domain in enumerate(domains):
-        row = names.index(domain)
+    for cell, name in enumerate(names):
+        row = order.index(name)
         add(
             {key: value[row] for key, value in found.items()},
             {key: value[cell] for key, value in cells.arrays.items()},
         )
-    return Tallies(tuple(names), found)
-
-
-def _by_fold(cells: Tallies, folds: Sequence[str]) -> Tallies:
-    """Sums over the cells of each fold, in their first rows: none is written before it is read."""
-    names, starts = np.unique(folds, return_index=True)
-    for row, own in enumerate(np.split(np.arange(len(folds)), starts[1:])):
-        part = {key: value[own[0] : own[-1] + 1] for key, value in cells.arrays.items()}
-        for key, value in total(part).items():
-            cells.arrays[key][row] = value
-    held = {key: value[: len(names)] for key, value in cells.arrays.items()}
-    return Tallies(tuple(str(int(name)) for name in names), held)
+    return Tallies(tuple(order), found)
