@@ -5,21 +5,15 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moecollab.criteria.scores import Scores, load_scores
+from moecollab.criteria.scores import load_scores
 from moecollab.criteria.scoring import score
 from moecollab.errors import DataError, PlanError, SettingsError, ShapeError
 from moecollab.pruning.blending import blend
 from moecollab.pruning.planning import plan
-
-
-def make_scores(values, top_k=1, criterion="reap_sum"):
-    values = np.asarray(values, dtype=np.float64)
-    counts = np.ones(values.shape, dtype=np.int64)
-    layers = tuple(range(len(values)))
-    return Scores(criterion=criterion, values=values, counts=counts, layers=layers, top_k=top_k)
+from scored import make_scores
 
 
 def kept_share(scores, made):
@@ -37,7 +31,7 @@ def test_shares_are_added():
     made = blend([make_scores([[1, 3], [0, 0]]), make_scores([[30, 10], [1, 1]])])
     assert made.values.tolist() == [[0.25 + 0.75, 0.75 + 0.25], [1.0, 1.0]]
     assert made.counts.tolist() == [[2, 2], [2, 2]]
-    assert made.criterion == "reap_sum"
+    assert made.criterion == "frequency"
     halved = blend([make_scores([[1, 3]]), make_scores([[30, 10]])], weights=[1, 0.5])
     assert halved.values.tolist() == [[0.25 + 0.375, 0.75 + 0.125]]
     assert halved.settings["weights"] == [1.0, 0.5]
@@ -84,6 +78,7 @@ def test_fair_beside_every_set_and_many_weights(seed):
     assert least >= max(others) - 0.011
 
 
+@settings(deadline=None)  # scipy is imported in the first
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([0.25, 0.5, 0.75]))
 def test_fair_is_never_worse_than_the_sum(seed, n_domains, drop):
     domains = random_domains(np.random.default_rng(seed), n_domains, 2, 8)
@@ -142,9 +137,9 @@ def test_blends_of_scores_for_one_drop_hold_for_it():
 )
 def test_what_cannot_be_blended(scores, asked, error, message):
     top_k = asked.get("top_k", 1)
-    settings = {name: value for name, value in asked.items() if name != "top_k"}
+    others = {name: value for name, value in asked.items() if name != "top_k"}
     with pytest.raises(error, match=message):
-        blend([make_scores(values, top_k) for values in scores], **settings)
+        blend([make_scores(values, top_k) for values in scores], **others)
 
 
 def test_scores_of_one_domain(acts):

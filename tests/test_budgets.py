@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import models
-from moecollab.criteria.scores import Scores, load_scores
+from moecollab.criteria.scores import load_scores
 from moecollab.criteria.scoring import score
 from moecollab.errors import (
     DataError,
@@ -30,19 +30,7 @@ from moecollab.pruning.pruning import prune
 from moecollab.pruning.sequences import by_entropy, by_similarity, entropies
 from moecollab.pruning.units import make_units
 from moecollab.record.extraction import extract
-
-
-def make_scores(values, top_k=1, groups=None, settings=None, layers=None):
-    values = np.asarray(values, dtype=np.float64)
-    return Scores(
-        criterion="frequency",
-        values=values,
-        counts=np.zeros(values.shape, dtype=np.int64),
-        layers=tuple(layers or range(len(values))),
-        top_k=top_k,
-        groups=groups,
-        settings=settings or {},
-    )
+from scored import make_scores, planned
 
 
 def counts(made):
@@ -59,14 +47,6 @@ def positive_scores(draw):
     least = -(-top_k // n_groups)
     groups = RouterGroups(n_groups, least) if n_groups > 1 else None
     return make_scores(np.reshape(values, (n_layers, n_groups * size)), top_k, groups)
-
-
-def planned(scores, **asked):
-    """The plan, or None where the budget cannot be met."""
-    try:
-        return plan(scores, **asked)
-    except PlanError:
-        return None
 
 
 # counts of experts

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecollab.criteria.scores import Scores
 from moecollab.errors import (
     DataError,
     MissingInputError,
@@ -20,19 +19,7 @@ from moecollab.errors import (
 )
 from moecollab.pruning.planning import plan
 from moecollab.pruning.plans import Plan, load_plan
-
-
-def make_scores(values, top_k=1, layers=None, settings=None):
-    values = np.asarray(values, dtype=np.float64)
-    return Scores(
-        criterion="frequency",
-        values=values,
-        counts=np.zeros(values.shape, dtype=np.int64),
-        layers=tuple(layers or range(len(values))),
-        top_k=top_k,
-        activations="0123456789abcdef",
-        settings=settings or {},
-    )
+from scored import make_scores, planned
 
 
 @st.composite
@@ -48,14 +35,6 @@ def score_sets(draw, distinct=False):
 
 
 drops = st.floats(0, 1, exclude_max=True)
-
-
-def planned(scores, **settings):
-    """The plan, or None where the budget cannot be met."""
-    try:
-        return plan(scores, **settings)
-    except PlanError:
-        return None
 
 
 def test_lowest_scores_of_each_layer_go():

@@ -20,6 +20,25 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
 Context = Annotated[int, typer.Option(help="Tokens read at once; longer text is read in pieces")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Batch = Annotated[int, typer.Option(help="Windows run at once")]
+Corpus = Annotated[Path, typer.Argument(help=".txt, .jsonl (text, domain) or .parquet file")]
+Tokens = Annotated[int | None, typer.Option(help="Record this many tokens at most")]
+Recorded = Annotated[Path, typer.Argument(help="Folder made by extract")]
+Rows = Annotated[
+    Literal["token", "sample", "sample_sum"],
+    typer.Option(help="What a row is"),
+]
+Weights = Annotated[
+    Literal["renormalised", "raw", "binary", "output"],
+    typer.Option(help="What an entry is"),
+]
+Threads = Annotated[int | None, typer.Option(help="Threads; all cores if not given")]
+Criterion = Annotated[str, typer.Option(help="See: moecollab criteria")]
+Floor = Annotated[int, typer.Option(help="Experts that every layer keeps at least")]
+Keep = Annotated[
+    Path | None,
+    typer.Option(help="JSON of experts that stay, {layer: [ids]}, or a plan"),
+]
+PlanFile = Annotated[Path, typer.Argument(help="File made by plan")]
 
 
 def say(what: object) -> None:
