@@ -130,6 +130,7 @@ def run(  # noqa: PLR0913 (one parameter per option)
     seeds: Annotated[int, typer.Option(help="Calibrations")] = 5,
     tasks: Annotated[str, typer.Option(help="facts, or lm-eval tasks between commas")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens on which criteria run the model")] = 8_192,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass")] = 32,
 ) -> None:
     """Measures; a stopped run goes on."""
     variants()
@@ -153,6 +154,7 @@ def run(  # noqa: PLR0913 (one parameter per option)
             task_folder=folder if tasks == "facts" else None,
             limit=QUESTIONS if asked else None,
             probe_tokens=tokens,
+            batch_size=batch_size,
             dtype="float32",
         )
     typer.echo(found)
