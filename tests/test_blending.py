@@ -5,7 +5,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moecollab.criteria.scores import load_scores
@@ -78,7 +78,6 @@ def test_fair_beside_every_set_and_many_weights(seed):
     assert least >= max(others) - 0.011
 
 
-@settings(deadline=None)  # scipy is imported in the first
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from([0.25, 0.5, 0.75]))
 def test_fair_is_never_worse_than_the_sum(seed, n_domains, drop):
     domains = random_domains(np.random.default_rng(seed), n_domains, 2, 8)
