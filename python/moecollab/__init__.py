@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moecollab.patterns.stability import match_atoms, robustness, stability
     from moecollab.pruning.blending import blend
     from moecollab.pruning.iteration import iterate
+    from moecollab.pruning.merging.merging import merge
     from moecollab.pruning.planning import plan
     from moecollab.pruning.plans import Plan, load_plan
     from moecollab.pruning.pruning import prune
@@ -71,6 +72,7 @@ _HOME = {
     "load_scores": "criteria.scores",
     "mask": "models.masking",
     "match_atoms": "patterns.stability",
+    "merge": "pruning.merging.merging",
     "mine": "patterns.mining",
     "plan": "pruning.planning",
     "prune": "pruning.pruning",
@@ -111,6 +113,7 @@ __all__ = [
     "load_scores",
     "mask",
     "match_atoms",
+    "merge",
     "mine",
     "plan",
     "prune",

@@ -78,13 +78,20 @@ class Probability:
         UnsupportedModelError
             When nothing that the router returns explains the weights.
         """
+        return self.read(ids, weights)[0]
+
+    def read(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the logits: of a router that returns none, logarithms of its scores."""
         found, self.returned = [self._flat(value) for value in self.returned], []
         fitting = [value for value in found if len(value) == len(ids)]
         if self.chosen is None:
             self.chosen = self._choose(fitting, ids, weights)
         number, name = self.chosen
-        score = SCORES[name](fitting[number])[:, : self.layer.n_experts]
-        return score if name == "softmax" else score / score.sum(dim=-1, keepdim=True)
+        value = fitting[number]
+        score = SCORES[name](value)[:, : self.layer.n_experts]
+        logits = value.clamp_min(1e-30).log() if name == "probabilities" else value
+        share = score if name == "softmax" else score / score.sum(dim=-1, keepdim=True)
+        return share, logits[:, : self.layer.n_experts]
 
     def _routed(self, _router: nn.Module, _args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
         values = output if isinstance(output, tuple | list) else [output]

@@ -62,8 +62,7 @@ def prune(
         refuse_existing(Path(out), overwrite=overwrite)
     decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
     keep = read_keep(decided.equalised() if equalise else decided)
-    if not keep.uniform:
-        raise _not_uniform(keep)
+    check_uniform(keep)
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
     loaded, tokenizer = load_model(model)
@@ -72,11 +71,34 @@ def prune(
     check_cut(layers)
     _cut(loaded, layers, keep)
     if out is not None:
-        source = str(loaded.name_or_path) if isinstance(model, nn.Module) else str(model)
-        with new_folder(Path(out), overwrite=overwrite) as folder, quiet():
-            _save(loaded, folder, tokenizer, source)
-            write_json(folder / MASK_FILE, {"kind": PRUNED, "experts": keep.as_json()})
+        note = {"kind": PRUNED, "experts": keep.as_json()}
+        write_checkpoint(loaded, tokenizer, model, Path(out), note, overwrite=overwrite)
     return loaded
+
+
+def write_checkpoint(
+    loaded: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401
+    source: ModelLike,
+    out: Path,
+    note: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Writes a changed model, its tokenizer, and beside them a note of what was done to it.
+
+    `source` is what was given as the model, whose tokenizer files are copied if it is a folder.
+    """
+    named = str(loaded.name_or_path) if isinstance(source, nn.Module) else str(source)
+    with new_folder(out, overwrite=overwrite) as folder, quiet():
+        _save(loaded, folder, tokenizer, named)
+        write_json(folder / MASK_FILE, note)
+
+
+def check_uniform(keep: Keep) -> None:
+    """Raises PlanError unless every layer keeps the same number of experts."""
+    if not keep.uniform:
+        raise _not_uniform(keep)
 
 
 def _not_uniform(keep: Keep) -> PlanError:
@@ -100,11 +122,11 @@ def _cut(model: nn.Module, layers: list[MoeLayer], keep: Keep) -> None:
     except BaseException:
         undo(changes)
         raise
-    owner, name = _count_field(model, layers[0])
+    owner, name = count_field(model, layers[0])
     setattr(owner, name, len(keep.keep[layers[0].layer]))
 
 
-def _count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:
+def count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:
     """Configuration object and field with the number of experts."""
     owner: Any = text_config(model)
     *path, name = layer.layout.count.split(".")
@@ -146,7 +168,7 @@ def _write_aliases(model: Any, folder: Path) -> None:  # noqa: ANN401
     The name in ``config.json`` has changed between versions, and an older one that misses its name
     silently takes its default.
     """
-    owner, name = _count_field(model, find_moe_layers(model)[0])
+    owner, name = count_field(model, find_moe_layers(model)[0])
     aliases = getattr(type(owner), "attribute_map", {})
     target = aliases.get(name, name)
     names = {name, target, *(alias for alias, to in aliases.items() if to == target)}

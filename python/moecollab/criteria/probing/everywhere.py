@@ -85,13 +85,23 @@ class Everyone:
         """
         rows = torch.cat(self.rows)
         size = max(1, HELD // (self.layer.n_experts * rows.shape[1] * 8))
-        run = _RUN[self.layer.layout.capture]
         for part in torch.split(rows, size):
-            shaped = part.reshape(*[1] * (self.dim - 2), *part.shape)
-            found = run(self.layer, shaped).reshape(self.layer.n_experts, len(part), -1).double()
-            if not bool(found.isfinite().all()):
-                raise not_finite(f"what the experts of {self.layer.name} return")
-            yield found
+            yield self.outputs_of(part)
+
+    def outputs_of(self, rows: Tensor) -> Tensor:
+        """Outputs of all experts on some tokens (n, hidden), before any weight, in float64.
+
+        Raises
+        ------
+        DataError
+            When an output is not finite.
+        """
+        shaped = rows.reshape(*[1] * (self.dim - 2), *rows.shape)
+        found = _RUN[self.layer.layout.capture](self.layer, shaped)
+        found = found.reshape(self.layer.n_experts, len(rows), -1).double()
+        if not bool(found.isfinite().all()):
+            raise not_finite(f"what the experts of {self.layer.name} return")
+        return found
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,0 +1,1 @@
+"""Several experts made into one, and experts made into constants."""
