@@ -60,7 +60,9 @@ def measure(whole, tokenizer, pool, text, drop: float, seed: int) -> dict[str, n
     """Loss of every held-out document, by method, for one calibration."""
     documents = drawn(pool, seed)
     with tempfile.TemporaryDirectory() as folder:
-        acts = mc.extract(whole, documents, out=Path(folder) / "acts", tokenizer=tokenizer, seed=seed)
+        acts = mc.extract(
+            whole, documents, out=Path(folder) / "acts", tokenizer=tokenizer, seed=seed
+        )
         plans = {name: mc.plan(mc.score(name, acts, drop=drop), drop=drop) for name in DROPPED}
     windows = [
         np.array(tokenizer(one["text"], verbose=False)["input_ids"], np.int64) for one in documents

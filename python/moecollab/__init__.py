@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moecollab.evaluation.comparing.comparison import Comparison, load_comparison
     from moecollab.evaluation.comparing.running import compare
     from moecollab.evaluation.evaluation import Evaluation, evaluate, load_evaluation
+    from moecollab.evaluation.repairing.repairing import Repair, repair
     from moecollab.models.masking import mask
     from moecollab.patterns.coverage import coverage
     from moecollab.patterns.dictionary import HSDL, Collaboration, load_collaboration
@@ -51,6 +52,7 @@ _HOME = {
     "HSDL": "patterns.dictionary",
     "Mined": "patterns.mined",
     "Plan": "pruning.plans",
+    "Repair": "evaluation.repairing.repairing",
     "RoutingCounts": "record.counts",
     "Scores": "criteria.scores",
     "compare": "evaluation.comparing.running",
@@ -76,6 +78,7 @@ _HOME = {
     "mine": "patterns.mining",
     "plan": "pruning.planning",
     "prune": "pruning.pruning",
+    "repair": "evaluation.repairing.repairing",
     "report": "reporting.page",
     "robustness": "patterns.stability",
     "score": "criteria.scoring",
@@ -92,6 +95,7 @@ __all__ = [
     "Evaluation",
     "Mined",
     "Plan",
+    "Repair",
     "RoutingCounts",
     "Scores",
     "agreement",
@@ -117,6 +121,7 @@ __all__ = [
     "mine",
     "plan",
     "prune",
+    "repair",
     "report",
     "robustness",
     "score",
