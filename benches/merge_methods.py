@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import tempfile
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -24,21 +25,21 @@ from moecollab.evaluation.intervals import paired_interval
 from moecollab.evaluation.perplexity import HeldOut, document_losses
 from moecollab.models.loading import load_model
 from moecollab.record.corpus import read_corpus
+from moecollab.record.windows import select_samples
 
 # Name, method, criterion of the plan, options.
 MERGED = (
     ("hc_smoe", "hc_smoe", "frequency", {}),
     ("hc_smoe, rows averaged", "hc_smoe", "frequency", {"router": "mean"}),
-    ("hc_smoe, neurons aligned", "hc_smoe", "frequency", {"align": True}),
     ("m_smoe", "m_smoe", "frequency", {}),
     ("m_smoe around coverage", "m_smoe", "coverage", {}),
-    ("m_smoe, not aligned", "m_smoe", "frequency", {"align": False}),
     ("dek", "dek", "frequency", {}),
-    ("dek, dominant rows", "dek", "frequency", {"router": "dominant"}),
     ("ream", "ream", "reap", {}),
     ("ream around coverage", "ream", "coverage", {}),
 )
 DROPPED = ("coverage", "reap", "frequency")
+TOKENS = 2_048
+"""Tokens of the calibration on which merging runs all experts."""
 
 
 def corpora(data: Path):
@@ -56,24 +57,44 @@ def drawn(pool: list[dict[str, str]], seed: int) -> list[dict[str, str]]:
     return [pool[row] for row in sorted(chosen.tolist())]
 
 
+def probe(tokenizer, documents):
+    """Token ids of a seeded choice of the documents, as the recording's."""
+    chosen = select_samples(
+        read_corpus(documents),
+        lambda text: np.asarray(tokenizer(text, verbose=False)["input_ids"], np.uint32),
+        limit=TOKENS,
+        seed=0,
+    )
+    return [sample.ids.astype(np.int64) for sample in chosen]
+
+
+def loss(model, text: HeldOut) -> np.ndarray:
+    """Summed loss of every document."""
+    return document_losses(model, text, batch_size=32)["nll"].to_numpy()
+
+
+def recorded(whole, tokenizer, documents, folder):
+    """Activations of a calibration, for the criteria of the plans."""
+    out = Path(folder) / "acts"
+    return mc.extract(whole, documents, out=out, tokenizer=tokenizer, tokens=2 * TOKENS)
+
+
 def measure(whole, tokenizer, pool, text, drop: float, seed: int) -> dict[str, np.ndarray]:
     """Loss of every held-out document, by method, for one calibration."""
     documents = drawn(pool, seed)
     with tempfile.TemporaryDirectory() as folder:
-        acts = mc.extract(
-            whole, documents, out=Path(folder) / "acts", tokenizer=tokenizer, seed=seed
-        )
+        acts = recorded(whole, tokenizer, documents, folder)
         plans = {name: mc.plan(mc.score(name, acts, drop=drop), drop=drop) for name in DROPPED}
-    windows = [
-        np.array(tokenizer(one["text"], verbose=False)["input_ids"], np.int64) for one in documents
-    ]
-    losses = {}
+    text_of, losses = probe(tokenizer, documents), {}
     for name in DROPPED:
         made = mc.prune(copy.deepcopy(whole), plans[name])
-        losses[f"drop by {name}"] = document_losses(made, text, batch_size=32)["nll"].to_numpy()
+        losses[f"drop by {name}"] = loss(made, text)
     for name, how, criterion, options in MERGED:
-        made = mc.merge(copy.deepcopy(whole), plans[criterion], how=how, corpus=windows, **options)
-        losses[name] = document_losses(made, text, batch_size=32)["nll"].to_numpy()
+        start = time.perf_counter()
+        small = copy.deepcopy(whole)
+        made = mc.merge(small, plans[criterion], how=how, corpus=text_of, **options)
+        losses[name] = loss(made, text)
+        typer.echo(f"{drop:.0%} seed {seed} {name} {time.perf_counter() - start:.0f} s", err=True)
     return losses
 
 
@@ -81,12 +102,13 @@ def main(
     data: Annotated[Path, typer.Argument(help="Folder with corpus/ and facts/")],
     seeds: Annotated[int, typer.Option(help="Calibrations")] = 3,
     drops: Annotated[str, typer.Option(help="Shares between commas")] = "0.25,0.5",
+    every: Annotated[int, typer.Option(help="Judge by every so many held-out documents")] = 1,
 ) -> None:
     """Prints a Markdown table: loss added, and how much more than dropping by coverage."""
     torch.set_num_threads(1)
     pool, held_out = corpora(data)
     whole, tokenizer = load_model(MODEL, "float32")
-    text = HeldOut.read(tokenizer, read_corpus(held_out), 512)
+    text = HeldOut.read(tokenizer, read_corpus(held_out[::every]), 512)
     full = document_losses(whole, text, batch_size=32)
     size = full["tokens"].to_numpy().astype(np.float64)
     base = full["nll"].to_numpy()

@@ -30,6 +30,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Calibrations")] = 3,
     drops: Annotated[str, typer.Option(help="Shares between commas")] = "0.25,0.5",
     steps: Annotated[int, typer.Option(help="Batches")] = 200,
+    every: Annotated[int, typer.Option(help="Judge by every so many held-out documents")] = 1,
     rate: Annotated[float, typer.Option(help="Adam's step size")] = 1e-3,
 ) -> None:
     """Prints a line of Markdown per share and calibration."""
@@ -41,7 +42,7 @@ def main(
     spec.loader.exec_module(methods)
     pool, held_out = methods.corpora(data)
     whole, tokenizer = load_model(MODEL, "float32")
-    text = HeldOut.read(tokenizer, read_corpus(held_out), 512)
+    text = HeldOut.read(tokenizer, read_corpus(held_out[::every]), 512)
     full = document_losses(whole, text, batch_size=32)
     size, base = full["tokens"].to_numpy().astype(np.float64), full["nll"].to_numpy()
     print("| dropped | seed | loss added | after repair | gain | KL before | after | steps | min |")
@@ -50,7 +51,7 @@ def main(
         for seed in range(seeds):
             documents = methods.drawn(pool, seed)
             with tempfile.TemporaryDirectory() as folder:
-                acts = mc.extract(whole, documents, out=Path(folder) / "acts", tokenizer=tokenizer)
+                acts = methods.recorded(whole, tokenizer, documents, folder)
                 plan = mc.plan(mc.score("coverage", acts, drop=drop), drop=drop)
             cut = document_losses(mc.prune(copy.deepcopy(whole), plan), text, batch_size=32)
             start = time.perf_counter()

@@ -21,6 +21,8 @@ VERBS = (
     "plan",
     "mask",
     "prune",
+    "merge",
+    "repair",
     "evaluate",
     "compare",
     "report",

@@ -35,6 +35,7 @@ from moecollab.cli.options import (
     sums,
 )
 from moecollab.cli.options import say as _say
+from moecollab.cli.reducing import merge, repair
 from moecollab.cli.rounds import iterate
 from moecollab.cli.studies import sweep
 from moecollab.manifest import refuse_existing
@@ -365,6 +366,8 @@ VERBS: tuple[Callable[..., None], ...] = (
     iterate,
     mask,
     prune,
+    merge,
+    repair,
     evaluate,
     compare,
     report,

@@ -38,15 +38,20 @@ def expert_stacks(layer: MoeLayer) -> dict[str, Tensor]:
 
 
 def replace_stacks(layer: MoeLayer, stacks: Mapping[str, Tensor]) -> list[Change]:
-    """Puts stacks of as many experts as the container holds now in the place of its tensors."""
+    """Puts stacks of as many experts as the container holds now in the place of its tensors.
+
+    Slices past the experts, as some families have, stay.
+    """
     changes = []
     for path, value in stacks.items():
         if isinstance(layer.experts, nn.ModuleList):
             for expert, one in zip(layer.experts, value, strict=True):
                 changes.append(_replaced(expert, path, one.clone()))
         else:
-            shaped = value.reshape(-1, *value.shape[2:]) if layer.layout.flat else value
-            changes.append(_replaced(layer.experts, path, shaped))
+            before = _tensor(layer, path)
+            flat = value.reshape(-1, *value.shape[2:]) if layer.layout.flat else value
+            past = flat[:0] if before is None else before[len(flat) :]
+            changes.append(_replaced(layer.experts, path, torch.cat([flat, past])))
     return changes
 
 
@@ -62,5 +67,6 @@ def _tensor(layer: MoeLayer, path: str) -> Tensor | None:
 
 
 def _stacked(layer: MoeLayer, value: Tensor) -> Tensor:
-    flat = layer.layout.flat
-    return value.reshape(layer.n_experts, -1, *value.shape[1:]) if flat else value
+    if layer.layout.flat:
+        return value.reshape(layer.n_experts, -1, *value.shape[1:])
+    return value[: layer.n_experts]

@@ -167,7 +167,8 @@ class Seen:
 
 
 def _array(value: Tensor) -> Matrix:
-    return value.double().cpu().numpy()
+    found: Matrix = value.detach().double().cpu().numpy()
+    return found
 
 
 def observe(
