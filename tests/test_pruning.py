@@ -97,8 +97,8 @@ def test_plan_with_other_counts_says_what_to_do(tmp_path):
         prune(model, plan_for(model, (0, 1, 2), (0, 1)), out=tmp_path / "small")
     assert str(caught.value) == (
         "layer 1 keeps 2 experts and layer 0 keeps 3, but a checkpoint has one number for all "
-        "layers; pass equalise=True (--equalise), plan with per='layer' and an amount other than "
-        "mass, or mask the model instead"
+        "layers; pass uneven='equalise', 'pad' or 'native' (--uneven), plan with per='layer' and "
+        "an amount other than mass, or mask the model instead"
     )
     assert not (tmp_path / "small").exists()
     assert find_moe_layers(model)[0].n_experts == 8
@@ -109,7 +109,7 @@ def test_equalise(tmp_path):
     scores = torch.arange(24, dtype=torch.float64).reshape(3, 8).numpy()
     plan = plan_for(model, (0, 1, 2, 3), (0, 1), (2, 3, 4), scores=scores)
     plan.save(tmp_path / "plan.json")
-    pruned = prune(model, tmp_path / "plan.json", equalise=True)
+    pruned = prune(model, tmp_path / "plan.json", uneven="equalise")
     assert {layer.n_experts for layer in find_moe_layers(pruned)} == {3}
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from moecollab.evaluation.comparing.comparison import Comparison, load_comparison
     from moecollab.evaluation.comparing.running import compare
     from moecollab.evaluation.evaluation import Evaluation, evaluate, load_evaluation
-    from moecollab.models.masking import mask
+    from moecollab.models.loading import load_model
+    from moecollab.models.masking import amplify, mask
     from moecollab.patterns.coverage import coverage
     from moecollab.patterns.dictionary import HSDL, Collaboration, load_collaboration
     from moecollab.patterns.mined import Mined, load_mined
@@ -55,6 +56,7 @@ _HOME = {
     "compare": "evaluation.comparing.running",
     "comparison_figure": "reporting.figures.comparisons",
     "agreement": "pruning.rankings",
+    "amplify": "models.masking",
     "blend": "pruning.blending",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
@@ -67,6 +69,7 @@ _HOME = {
     "load_counts": "record.counts",
     "load_evaluation": "evaluation.evaluation",
     "load_mined": "patterns.mined",
+    "load_model": "models.loading",
     "load_plan": "pruning.plans",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
@@ -93,6 +96,7 @@ __all__ = [
     "RoutingCounts",
     "Scores",
     "agreement",
+    "amplify",
     "blend",
     "compare",
     "comparison_figure",
@@ -107,6 +111,7 @@ __all__ = [
     "load_counts",
     "load_evaluation",
     "load_mined",
+    "load_model",
     "load_plan",
     "load_scores",
     "mask",

@@ -37,7 +37,7 @@ from moecollab.cli.options import (
 from moecollab.cli.options import say as _say
 from moecollab.cli.rounds import iterate
 from moecollab.cli.studies import sweep
-from moecollab.manifest import refuse_existing
+from moecollab.manifest import read_json, refuse_existing
 
 
 def extract(  # noqa: PLR0913 (one parameter per option)
@@ -263,9 +263,14 @@ def prune(
     model: Model,
     plan: PlanFile,
     out: Out,
-    equalise: Annotated[
-        bool, typer.Option("--equalise", help="Cut a per-model plan to equal counts per layer")
-    ] = False,
+    uneven: Annotated[
+        Literal["equalise", "pad", "native"] | None,
+        typer.Option(help="How layers of different numbers are written: see docs/pruning.md"),
+    ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(help="File made by evaluate, for the README; or several"),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Cuts the dropped experts out and writes a smaller checkpoint.
@@ -273,8 +278,9 @@ def prune(
     Example: moecollab prune models/olmoe run/plan.json --out run/pruned
     """
     with progress.show():
-        mc.prune(model, plan, out=out, equalise=equalise, overwrite=overwrite)
-    _say(f"{out}: {model} without the experts that {plan} drops")
+        mc.prune(model, plan, out=out, uneven=uneven, evaluations=evaluations, overwrite=overwrite)
+    loads = read_json(out / "moecollab.json").get("loads")
+    _say(f"{out}: {model} without the experts that {plan} drops; {loads}")
 
 
 def evaluate(  # noqa: PLR0913 (one parameter per option)

@@ -104,6 +104,13 @@ def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:
             f"experts of {layout.family} cannot be masked or cut yet: {layout.fixed}; "
             "recording and scoring work"
         )
+    check_fits(keep, layers)
+    for layer in layers:
+        _check_router(keep.keep[layer.layer], layer)
+
+
+def check_fits(keep: Keep, layers: Sequence[MoeLayer]) -> None:
+    """Raises PlanError unless layers and ids are those of the model."""
     numbers = [layer.layer for layer in layers]
     if numbers != list(keep.keep):
         raise PlanError(
@@ -111,7 +118,7 @@ def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:
             "make the plan from activations of this model"
         )
     for layer in layers:
-        _check_layer(keep, layer)
+        _check_ids(keep, layer)
 
 
 def check_cut(layers: Sequence[MoeLayer]) -> None:
@@ -123,7 +130,7 @@ def check_cut(layers: Sequence[MoeLayer]) -> None:
         )
 
 
-def _check_layer(keep: Keep, layer: MoeLayer) -> None:
+def _check_ids(keep: Keep, layer: MoeLayer) -> None:
     kept = keep.keep[layer.layer]
     if keep.n_experts != layer.n_experts:
         raise PlanError(
@@ -135,6 +142,9 @@ def _check_layer(keep: Keep, layer: MoeLayer) -> None:
             f"layer {layer.layer} keeps {list(kept)}, which are not distinct ids in "
             f"[0, {layer.n_experts}); correct the plan"
         )
+
+
+def _check_router(kept: tuple[int, ...], layer: MoeLayer) -> None:
     if len(kept) < layer.top_k:
         raise PlanError(
             f"layer {layer.layer} would keep {len(kept)} experts but the router selects "

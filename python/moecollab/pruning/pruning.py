@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import nn
 
 from moecollab.errors import DataError, PlanError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
-from moecollab.models.keep import Keep, check_cut, check_keep, read_keep
+from moecollab.models.keep import check_cut, check_keep, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
+from moecollab.models.uneven import Arrangement, Uneven, arranged, bar
+from moecollab.pruning.card import Size, write_card
 from moecollab.pruning.plans import Plan, load_plan
 
 
@@ -27,7 +29,8 @@ def prune(
     plan: Plan | str | PathLike[str],
     *,
     out: str | PathLike[str] | None = None,
-    equalise: bool = False,
+    uneven: Uneven | None = None,
+    evaluations: Sequence[Any] | None = None,
     overwrite: bool = False,
 ) -> Any:  # noqa: ANN401 (transformers is untyped)
     """Cuts the experts that a plan drops, with their router rows, out of a model.
@@ -42,9 +45,14 @@ def prune(
     plan : Plan or path
         Kept experts of every MoE layer.
     out : path, optional
-        Folder for the checkpoint; tokenizer files go along.
-    equalise : bool
-        Whether to bring a plan whose layers keep different numbers to one number.
+        Folder for the checkpoint; tokenizer and licence files go along, and a README.md says what
+        was done.
+    uneven : {"equalise", "pad", "native"}, optional
+        How a plan whose layers keep different numbers is carried out: brought to one number by its
+        scores; filled up with experts that no token can choose, where the router adds a bias to
+        choose by; or as it is, a checkpoint that :func:`moecollab.load_model` alone loads.
+    evaluations : sequence of Evaluation or paths, optional
+        What the cut costs, for the README: of the whole model, and of this plan under a mask.
     overwrite : bool
         Whether `out` may be replaced.
 
@@ -56,52 +64,58 @@ def prune(
     Raises
     ------
     PlanError
-        When the plan does not fit the model, or its layers keep different numbers.
+        When the plan does not fit the model, or its layers keep different numbers and `uneven`
+        does not say how to write them.
+    UnsupportedModelError
+        When experts of the family cannot be cut, or its layers not be padded.
     """
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
-    keep = read_keep(decided.equalised() if equalise else decided)
-    if not keep.uniform:
-        raise _not_uniform(keep)
+    keep = read_keep(decided.equalised() if uneven == "equalise" else decided)
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
     loaded, tokenizer = load_model(model)
     layers = find_moe_layers(loaded)
     check_keep(keep, layers)
     check_cut(layers)
-    _cut(loaded, layers, keep)
+    arrangement = arranged(keep, uneven, layers)
+    before = Size.of_model(loaded)
+    _cut(loaded, layers, arrangement)
     if out is not None:
         source = str(loaded.name_or_path) if isinstance(model, nn.Module) else str(model)
         with new_folder(Path(out), overwrite=overwrite) as folder, quiet():
             _save(loaded, folder, tokenizer, source)
-            write_json(folder / MASK_FILE, {"kind": PRUNED, "experts": keep.as_json()})
+            write_json(folder / MASK_FILE, {"kind": PRUNED} | arrangement.note())
+            write_card(
+                folder,
+                base=source or type(loaded).__name__,
+                plan=decided if isinstance(decided, Plan) else None,
+                arrangement=arrangement,
+                before=before,
+                evaluations=evaluations,
+            )
     return loaded
 
 
-def _not_uniform(keep: Keep) -> PlanError:
-    counts = {layer: len(kept) for layer, kept in keep.keep.items()}
-    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    return PlanError(
-        f"layer {least} keeps {counts[least]} experts and layer {most} keeps {counts[most]}, but "
-        "a checkpoint has one number for all layers; pass equalise=True (--equalise), plan with "
-        "per='layer' and an amount other than mass, or mask the model instead"
-    )
-
-
-def _cut(model: nn.Module, layers: list[MoeLayer], keep: Keep) -> None:
+def _cut(model: nn.Module, layers: list[MoeLayer], arrangement: Arrangement) -> None:
     """Cuts all layers and the configuration, or nothing."""
     changes: list[Change] = []
+    dummies = arrangement.dummies
     try:
         for layer in layers:
-            kept = keep.keep[layer.layer]
-            changes += slice_router(layer, kept)
-            changes += slice_experts(layer, kept)
+            held = arrangement.held.keep[layer.layer]
+            changes += slice_router(layer, held)
+            changes += slice_experts(layer, held)
+            if layer.layer in dummies:
+                changes.append(bar(layer, dummies[layer.layer]))
     except BaseException:
         undo(changes)
         raise
     owner, name = _count_field(model, layers[0])
-    setattr(owner, name, len(keep.keep[layers[0].layer]))
+    setattr(owner, name, arrangement.count)
+    for entry, value in arrangement.config_entry().items():
+        setattr(vars(model)["config"], entry, value)
 
 
 def _count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:
