@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,10 +28,10 @@ def remap(layer: MoeLayer, kept: Sequence[int]) -> RemovableHandle:
     return layer.router.register_forward_hook(_Mapped(original, mapped), prepend=True)
 
 
-def masks_first(hooks: OrderedDict[int, Any]) -> None:
+def masks_first(hooks: dict[int, Callable[..., Any]]) -> None:
     """Brings the hooks of masks before all others of a module, who need the ids they give."""
-    for key in [key for key, hook in hooks.items() if isinstance(hook, _Original | _Mapped)]:
-        hooks.move_to_end(key, last=False)
+    others = [key for key, hook in hooks.items() if not isinstance(hook, _Original | _Mapped)]
+    hooks.update({key: hooks.pop(key) for key in others})
 
 
 class _Original:

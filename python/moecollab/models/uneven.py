@@ -38,7 +38,8 @@ NEVER = -30_000.0
 """Bias of an expert that is not to be chosen: finite in float16, and far below any score."""
 
 _BIASES = ("bias", "e_score_correction_bias", "expert_bias")
-_LEAKS = ("longcat_flash", "zaya")  # a softmax over all experts, not renormalised over the chosen
+_LEAKS = ("ernie4_5_moe", "ernie4_5_vl_moe", "longcat_flash", "zaya")
+"""Families that choose by a softmax over all experts plus a bias: the padding has a part of it."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _choice_bias(layer: MoeLayer) -> tuple[nn.Module, str, torch.Tensor]:
     found = [row for row in router_rows(layer) if row[1] in _BIASES]
     family = layer.layout.family
     if not found or family in _LEAKS:
-        why = "weighs experts by a softmax over all" if found else "has no bias to choose by"
+        why = "chooses by a softmax over all experts" if found else "has no bias to choose by"
         raise UnsupportedModelError(
             f"layers of {family} cannot be padded, as their router {why}; pass "
             "uneven='equalise' or 'native', or mask the model instead"

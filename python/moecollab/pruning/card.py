@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -21,7 +21,10 @@ from moecollab.pruning.plans import Plan
 CARD, BASE_CARD = "README.md", "BASE_README.md"
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_VALUES = ("value", "stderr")
 _LEGAL = ("licen", "notice", "use_policy", "copying")
+
+Row: TypeAlias = tuple[str, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def write_card(
     plan: Plan | None,
     arrangement: Arrangement,
     before: Size,
-    evaluations: Sequence[Any] | None = None,
+    costs: Sequence[Row] = (),
 ) -> None:
     """Writes README.md into the folder of a pruned checkpoint, whose weights are there.
 
@@ -79,8 +82,8 @@ def write_card(
         What every layer holds.
     before : Size
         Of the whole model.
-    evaluations : sequence of Evaluation or paths, optional
-        What it costs: evaluations of the base, of the checkpoint, of others.
+    costs : sequence of rows
+        What :func:`measured` read of evaluations.
     """
     source = Path(base)
     front: list[str] = []
@@ -93,7 +96,7 @@ def write_card(
         *_sizes(arrangement, before, Size.of_folder(folder)),
         *_reasons(plan, arrangement),
         *_layers(arrangement),
-        *_costs(evaluations),
+        *_costs(costs),
         *_loading(arrangement),
     ]
     write_bytes(folder / CARD, ("\n".join(parts) + "\n").encode(), overwrite=True)
@@ -202,9 +205,9 @@ def _layers(arrangement: Arrangement) -> list[str]:
     return lines
 
 
-def _costs(evaluations: Sequence[Any] | None) -> list[str]:
+def _costs(rows: Sequence[Row]) -> list[str]:
     lines = ["", "## What it costs", ""]
-    if not evaluations:
+    if not rows:
         return [
             *lines,
             "Not measured yet. On text and tasks of your own, here and on the base:",
@@ -214,9 +217,20 @@ def _costs(evaluations: Sequence[Any] | None) -> list[str]:
             "```",
         ]
     lines += ["| model | measure | value | standard error | n |", "| --- | --- | --: | --: | --: |"]
-    for one in evaluations:
-        lines += [f"| {' | '.join(row)} |" for row in _measured(_evaluation(one))]
-    return lines
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def measured(evaluations: Sequence[Any] | None) -> list[Row]:
+    """What evaluations, or files of them, say a model costs: a row for each measure.
+
+    Raises
+    ------
+    DataError
+        When a file is missing or not whole.
+    SchemaError
+        When it is no evaluation.
+    """
+    return [row for one in evaluations or () for row in _rows_of(_evaluation(one))]
 
 
 def _evaluation(given: Any) -> Mapping[str, Any]:  # noqa: ANN401 (an Evaluation or its file)
@@ -229,8 +243,8 @@ def _evaluation(given: Any) -> Mapping[str, Any]:  # noqa: ANN401 (an Evaluation
     return read
 
 
-def _measured(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows of the table of costs."""
+def _rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
+    """Model, measure, value, standard error and size of every measure."""
     try:
         name, documents = str(found["name"]), found["documents"]
         if documents is not None:
@@ -238,9 +252,8 @@ def _measured(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             loss = math.fsum(documents["nll"]) / tokens
             yield name, "loss, nats a token", f"{loss:.4f}", "", f"{tokens:,} tokens"
         for task in found["tasks"]:
-            value, error = task["value"], task["stderr"]
-            shown = ("" if one is None else f"{one:.4g}" for one in (value, error))
-            yield name, f"{task['task']} {task['metric']}", *shown, f"{task['n']:,} questions"
+            value, error = ("" if task[key] is None else f"{task[key]:.4g}" for key in _VALUES)
+            yield name, f"{task['task']} {task['metric']}", value, error, f"{task['n']:,} questions"
     except (LookupError, TypeError, ZeroDivisionError) as cause:
         raise DataError(
             f"evaluation {found.get('name')!r} is not whole ({cause!r}); evaluate again"

@@ -20,7 +20,7 @@ from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
 from moecollab.models.uneven import Arrangement, Uneven, arranged, bar
-from moecollab.pruning.card import Size, write_card
+from moecollab.pruning.card import Size, measured, write_card
 from moecollab.pruning.plans import Plan, load_plan
 
 
@@ -71,6 +71,7 @@ def prune(
     """
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
+    costs = measured(evaluations)
     decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
     keep = read_keep(decided.equalised() if uneven == "equalise" else decided)
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
@@ -93,7 +94,7 @@ def prune(
                 plan=decided if isinstance(decided, Plan) else None,
                 arrangement=arrangement,
                 before=before,
-                evaluations=evaluations,
+                costs=costs,
             )
     return loaded
 
