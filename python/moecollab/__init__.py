@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
     from moecollab.pruning.blending import blend
+    from moecollab.pruning.exporting import export_ranking, load_ranking
     from moecollab.pruning.iteration import iterate
     from moecollab.pruning.planning import plan
     from moecollab.pruning.plans import Plan, load_plan
@@ -60,6 +61,7 @@ _HOME = {
     "blend": "pruning.blending",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
+    "export_ranking": "pruning.exporting",
     "extract": "record.extraction",
     "import_routing": "record.imports.importing",
     "iterate": "pruning.iteration",
@@ -71,6 +73,7 @@ _HOME = {
     "load_mined": "patterns.mined",
     "load_model": "models.loading",
     "load_plan": "pruning.plans",
+    "load_ranking": "pruning.exporting",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
     "match_atoms": "patterns.stability",
@@ -102,6 +105,7 @@ __all__ = [
     "comparison_figure",
     "coverage",
     "evaluate",
+    "export_ranking",
     "extract",
     "import_routing",
     "iterate",
@@ -113,6 +117,7 @@ __all__ = [
     "load_mined",
     "load_model",
     "load_plan",
+    "load_ranking",
     "load_scores",
     "mask",
     "match_atoms",

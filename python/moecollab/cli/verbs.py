@@ -12,7 +12,7 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
-from moecollab.cli.deciding import agreement, blend, plan, uncertainty
+from moecollab.cli.deciding import agreement, blend, export, plan, uncertainty
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -368,6 +368,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     agreement,
     blend,
     plan,
+    export,
     iterate,
     mask,
     prune,

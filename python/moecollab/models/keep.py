@@ -8,10 +8,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from torch import nn
+
 from moecollab.errors import PlanError, SchemaError, UnsupportedModelError
 from moecollab.manifest import read_json
 from moecollab.models.groups import router_groups
 from moecollab.models.routing import MoeLayer
+from moecollab.models.slicing import router_rows
 
 
 class KeepsExperts(Protocol):
@@ -128,6 +131,23 @@ def check_cut(layers: Sequence[MoeLayer]) -> None:
         raise UnsupportedModelError(
             f"experts of {layout.family} cannot be cut yet: {layout.uncut}; masking works"
         )
+
+
+def check_untied(model: nn.Module, layers: Sequence[MoeLayer]) -> None:
+    """Raises UnsupportedModelError when a tensor to be cut is used elsewhere too."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    for layer in layers:
+        cut = [*layer.experts.parameters(), *(value for _, _, value in router_rows(layer))]
+        for value in cut:
+            used = names.get(id(value), [])
+            other = [name for name in used if not name.startswith(f"{layer.name}.")]
+            if other:
+                raise UnsupportedModelError(
+                    f"layer {layer.layer} cannot be cut, as {other[0]} is one tensor with its "
+                    "own; give each its own copy, or mask the model instead"
+                )
 
 
 def _check_ids(keep: Keep, layer: MoeLayer) -> None:

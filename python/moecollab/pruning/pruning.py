@@ -14,7 +14,7 @@ from torch import nn
 
 from moecollab.errors import DataError, PlanError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
-from moecollab.models.keep import check_cut, check_keep, read_keep
+from moecollab.models.keep import Keep, check_cut, check_keep, check_untied, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
@@ -26,7 +26,7 @@ from moecollab.pruning.plans import Plan, load_plan
 
 def prune(
     model: ModelLike,
-    plan: Plan | str | PathLike[str],
+    plan: Plan | Keep | str | PathLike[str],
     *,
     out: str | PathLike[str] | None = None,
     uneven: Uneven | None = None,
@@ -42,7 +42,7 @@ def prune(
     ----------
     model : Module, path or hub name
         The whole model.
-    plan : Plan or path
+    plan : Plan, Keep or path
         Kept experts of every MoE layer.
     out : path, optional
         Folder for the checkpoint; tokenizer and licence files go along, and a README.md says what
@@ -73,13 +73,16 @@ def prune(
         refuse_existing(Path(out), overwrite=overwrite)
     costs = measured(evaluations)
     decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
-    keep = read_keep(decided.equalised() if uneven == "equalise" else decided)
+    if uneven == "equalise" and isinstance(decided, Plan):
+        decided = decided.equalised()
+    keep = read_keep(decided)
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
     loaded, tokenizer = load_model(model)
     layers = find_moe_layers(loaded)
     check_keep(keep, layers)
     check_cut(layers)
+    check_untied(loaded, layers)
     arrangement = arranged(keep, uneven, layers)
     before = Size.of_model(loaded)
     _cut(loaded, layers, arrangement)
