@@ -266,14 +266,29 @@ def prune(
     equalise: Annotated[
         bool, typer.Option("--equalise", help="Cut a per-model plan to equal counts per layer")
     ] = False,
+    shard_size: Annotated[str, typer.Option(help="Largest file of the checkpoint")] = "5GB",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read it again and compare it with the model's folder")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Cuts the dropped experts out and writes a smaller checkpoint.
 
-    Example: moecollab prune models/olmoe run/plan.json --out run/pruned
+    A model in a folder is copied file by file and never built, so it may be larger than memory;
+    run the same again to go on after a kill.
+
+    Example: moecollab prune models/olmoe run/plan.json --out run/pruned --verify
     """
     with progress.show():
-        mc.prune(model, plan, out=out, equalise=equalise, overwrite=overwrite)
+        mc.prune(
+            model,
+            plan,
+            out=out,
+            equalise=equalise,
+            shard_size=shard_size,
+            verify=verify,
+            overwrite=overwrite,
+        )
     _say(f"{out}: {model} without the experts that {plan} drops")
 
 
