@@ -308,28 +308,28 @@ def test_further_layers_go_with_the_first_expert(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "why"),
+    ("tensor", "why"),
     [
         ("model.layers.1.mlp.other.weight", "has no such tensor"),
         ("model.layers.1.mlp.gate.bias", r"the rows of the router that it goes to are \(8, 32\)"),
         ("model.layers.1.mlp.experts.8.up_proj.weight", "layer 1 has 8 experts"),
     ],
 )
-def test_what_is_not_certain_is_refused(name, why, tmp_path):
+def test_what_is_not_certain_is_refused(tensor, why, tmp_path):
     base = models.save("qwen3_moe", tmp_path / "base")
-    save_changed(base, lambda held: held.update({name: torch.ones(3, 5)}))
+    save_changed(base, lambda held: held.update({tensor: torch.ones(3, 5)}))
     with pytest.raises(UnsupportedModelError, match=why) as caught:
         prune(base, keep_even(base), out=tmp_path / "small")
-    assert name in str(caught.value)
+    assert tensor in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.gate.weight", "model.layers.2.mlp.experts.3.up_proj.weight"]
+    "tensor", ["model.layers.1.mlp.gate.weight", "model.layers.2.mlp.experts.3.up_proj.weight"]
 )
-def test_a_missing_router_or_expert_is_refused(name, tmp_path):
+def test_a_missing_router_or_expert_is_refused(tensor, tmp_path):
     base = models.save("qwen3_moe", tmp_path / "base")
-    save_changed(base, lambda held: held.pop(name))
+    save_changed(base, lambda held: held.pop(tensor))
     with pytest.raises(
         (DataError, UnsupportedModelError), match=r"layers\.\d\.mlp\.(gate|experts)"
     ):

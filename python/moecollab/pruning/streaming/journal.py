@@ -97,7 +97,8 @@ class Journal:
                 "repeat it as it was to go on, or pass overwrite=True (--overwrite) to start over"
             )
         if before != self.work:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
             self._note({})
         if not self.finished():
             refuse_existing(self.target, overwrite=self.overwrite)
