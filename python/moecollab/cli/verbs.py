@@ -271,14 +271,30 @@ def prune(
         list[Path] | None,
         typer.Option(help="File made by evaluate, for the README; or several"),
     ] = None,
+    shard_size: Annotated[str, typer.Option(help="Largest file of the checkpoint")] = "5GB",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read it again and compare it with the model's folder")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Cuts the dropped experts out and writes a smaller checkpoint.
 
-    Example: moecollab prune models/olmoe run/plan.json --out run/pruned
+    A model in a folder is copied file by file and never built, so it may be larger than memory;
+    run the same again to go on after a kill.
+
+    Example: moecollab prune models/olmoe run/plan.json --out run/pruned --verify
     """
     with progress.show():
-        mc.prune(model, plan, out=out, uneven=uneven, evaluations=evaluations, overwrite=overwrite)
+        mc.prune(
+            model,
+            plan,
+            out=out,
+            uneven=uneven,
+            evaluations=evaluations,
+            shard_size=shard_size,
+            verify=verify,
+            overwrite=overwrite,
+        )
     loads = read_json(out / "moecollab.json").get("loads")
     _say(f"{out}: {model} without the experts that {plan} drops; {loads}")
 

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from moecollab.errors import PlanError, SchemaError, UnsupportedModelError
 from moecollab.manifest import read_json
@@ -139,7 +139,10 @@ def check_untied(model: nn.Module, layers: Sequence[MoeLayer]) -> None:
     for name, value in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(value), []).append(name)
     for layer in layers:
-        cut = [*layer.experts.parameters(), *(value for _, _, value in router_rows(layer))]
+        cut: list[Tensor] = [
+            *layer.experts.parameters(),
+            *(value for _, _, value in router_rows(layer)),
+        ]
         for value in cut:
             used = names.get(id(value), [])
             other = [name for name in used if not name.startswith(f"{layer.name}.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,12 +13,12 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from moecollab.errors import DataError
-from moecollab.manifest import check_manifest, read_json, versions, write_bytes
+from moecollab.manifest import check_manifest, read_json, versions
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.uneven import Arrangement
 from moecollab.pruning.plans import Plan
 
-CARD, BASE_CARD = "README.md", "BASE_README.md"
+CARD = "README.md"
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _VALUES = ("value", "stderr")
@@ -54,58 +54,76 @@ class Size:
     def of_folder(cls, path: Path) -> Size:
         """The size of a checkpoint, from the headers of its files."""
         held = Checkpoint.open(str(path)).tensors.values()
-        return cls(sum(math.prod(one.shape) for one in held), sum(one.n_bytes for one in held))
+        return cls.of([(one.shape, one.n_bytes) for one in held])
+
+    @classmethod
+    def of(cls, tensors: Sequence[tuple[tuple[int, ...], int]]) -> Size:
+        """The size of tensors, given the shape and bytes of each."""
+        return cls(sum(math.prod(shape) for shape, _ in tensors), sum(size for _, size in tensors))
 
 
-def write_card(
-    folder: Path,
-    *,
-    base: str | PathLike[str],
-    plan: Plan | None,
-    arrangement: Arrangement,
-    before: Size,
-    costs: Sequence[Row] = (),
-) -> None:
-    """Writes README.md into the folder of a pruned checkpoint, whose weights are there.
-
-    The base's own README stays beside it as BASE_README.md, and so do its licence files.
+@dataclass(frozen=True)
+class About:
+    """What a card tells that is known before anything is cut.
 
     Parameters
     ----------
-    folder : Path
-        The checkpoint.
-    base : path or hub name
-        The model that was cut.
+    base : str
+        Name of the model that is cut: of its folder, or on the hub.
+    front : tuple of str
+        Lines of YAML that hold on.
     plan : Plan, optional
         Why; without one, only what was dropped is told.
-    arrangement : Arrangement
-        What every layer holds.
-    before : Size
-        Of the whole model.
-    costs : sequence of rows
-        What :func:`measured` read of evaluations.
+    costs : tuple of rows
+        What evaluations measured.
+    """
+
+    base: str
+    front: tuple[str, ...]
+    plan: Plan | None
+    costs: tuple[Row, ...]
+
+
+def about(base: str, plan: Plan | None, evaluations: Sequence[Any] | None = None) -> About:
+    """What is known of a model, by its path or name, of a plan, and of what it costs.
+
+    Raises
+    ------
+    DataError
+        When an evaluation is missing or not whole.
+    SchemaError
+        When a file is no evaluation.
     """
     source = Path(base)
-    front: list[str] = []
-    if source.is_dir():
-        front = _front_matter(source / CARD)
-        for file in _of_the_base(source):
-            shutil.copyfile(file, folder / (BASE_CARD if file.name == CARD else file.name))
+    name = source.resolve().name if source.is_dir() else base
+    front = tuple(_front_matter(source / CARD))
+    rows = [row for one in evaluations or () for row in _rows_of(_evaluation(one))]
+    return About(name, front, plan, tuple(rows))
+
+
+def card(why: About, arrangement: Arrangement, before: Size, after: Size) -> str:
+    """The text of README.md for a pruned checkpoint."""
     parts = [
-        *_head(source.name if source.is_dir() else str(base), front, arrangement),
-        *_sizes(arrangement, before, Size.of_folder(folder)),
-        *_reasons(plan, arrangement),
+        *_head(why, arrangement),
+        *_sizes(arrangement, before, after),
+        *_reasons(why.plan, arrangement),
         *_layers(arrangement),
-        *_costs(costs),
+        *_costs(why.costs),
         *_loading(arrangement),
     ]
-    write_bytes(folder / CARD, ("\n".join(parts) + "\n").encode(), overwrite=True)
+    return "\n".join(parts) + "\n"
 
 
-def _of_the_base(source: Path) -> Iterator[Path]:
-    """The README and the licence files of a model's folder."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and (file.name == CARD or file.name.lower().startswith(_LEGAL)):
+def base_name(name: str) -> str:
+    """Name that a file of the base has beside the card: its own READMEs step back."""
+    return f"BASE_{name}" if re.fullmatch(rf"(BASE_)*{re.escape(CARD)}", name) else name
+
+
+def of_the_base(source: Path) -> Iterator[Path]:
+    """The READMEs and licence files of a model's folder; none of another path."""
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
+        legal = file.name.lower().startswith(_LEGAL)
+        if file.is_file() and (legal or base_name(file.name) != file.name):
             yield file
 
 
@@ -126,13 +144,13 @@ def _front_matter(card: Path) -> list[str]:
     return kept
 
 
-def _head(name: str, front: list[str], arrangement: Arrangement) -> list[str]:
-    fields = {line.partition(":")[0] for line in front}
+def _head(why: About, arrangement: Arrangement) -> list[str]:
+    fields, name = {line.partition(":")[0] for line in why.front}, why.base
     unknown = [] if "license" in fields else ["# license: that of the base model; state it here"]
     n_experts, counts = arrangement.keep.n_experts, _spread(arrangement.keep.keep.values())
     return [
         "---",
-        *front,
+        *why.front,
         *unknown,
         f"base_model: {_quoted(name)}",
         "tags: [mixture-of-experts, pruned, moecollab]",
@@ -218,19 +236,6 @@ def _costs(rows: Sequence[Row]) -> list[str]:
         ]
     lines += ["| model | measure | value | standard error | n |", "| --- | --- | --: | --: | --: |"]
     return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
-def measured(evaluations: Sequence[Any] | None) -> list[Row]:
-    """What evaluations, or files of them, say a model costs: a row for each measure.
-
-    Raises
-    ------
-    DataError
-        When a file is missing or not whole.
-    SchemaError
-        When it is no evaluation.
-    """
-    return [row for one in evaluations or () for row in _rows_of(_evaluation(one))]
 
 
 def _evaluation(given: Any) -> Mapping[str, Any]:  # noqa: ANN401 (an Evaluation or its file)
