@@ -14,6 +14,7 @@ from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
 from moecollab.errors import (
     DataError,
+    MissingInputError,
     PlanError,
     SettingsError,
     ShapeError,
@@ -93,7 +94,7 @@ def test_as_many_experts_stay_as_were_asked_for(scores, experts):
 @pytest.mark.parametrize(
     ("asked", "error", "message"),
     [
-        ({}, SettingsError, "given: one of drop, experts, mass, memory_gb, or drop_list"),
+        ({}, MissingInputError, "give one of drop, experts, mass, memory_gb .*, or drop_list"),
         ({"drop": 0.5, "experts": 2}, SettingsError, r"\['drop', 'experts'\]; it must be one of"),
         ({"drop": 0.1, "mass": 0.9}, SettingsError, "not several"),
         ({"experts": 0}, SettingsError, "experts is 0; it must be 1 or more"),

@@ -296,7 +296,7 @@ def test_file_round_trip(acts, tmp_path):
     [
         ("caep", {"drop": 0.5}, SettingsError, "one that reads sums over tokens alone"),
         ("aimer", {"drop": 0.5}, SettingsError, "one that reads sums over tokens alone"),
-        ("reap", {}, SettingsError, "given: drop, experts or mass"),
+        ("reap", {}, MissingInputError, "is not said; give drop .* experts or mass"),
         ("reap", {"drop": 0.5, "folds": 1}, SettingsError, "folds is 1"),
         ("reap", {"drop": 0.5, "resamples": 1}, SettingsError, "resamples is 1"),
         ("reap", {"drop": 0.5, "confidence": 1.0}, SettingsError, "confidence is 1.0"),

@@ -9,7 +9,7 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
-from moecollab.cli.options import Out, Overwrite, PerScores, Seed, decimals, say
+from moecollab.cli.options import Out, Overwrite, PerScores, Seed, decimals, model_path, say
 
 Per = Annotated[
     Literal["layer", "model", "entropy", "similarity"],
@@ -42,7 +42,10 @@ def plan(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Option(help="JSON of experts that go, {layer: [ids]}, or a plan")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the whole model, for --memory-gb")
+        str | None,
+        typer.Option(
+            help="Folder or hub name of the whole model, for --memory-gb", callback=model_path
+        ),
     ] = None,
     similarity: Annotated[
         Path | None, typer.Option(help=".npy of (layers, experts, experts), for --per similarity")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, get_args
 
-from moecollab.errors import SettingsError
+from moecollab.errors import SHARE, SettingsError
 
 Per: TypeAlias = Literal["layer", "model", "entropy", "similarity"]
 AMOUNTS = ("drop", "experts", "mass", "memory_gb")
@@ -43,7 +43,7 @@ class Budget:
     def __post_init__(self) -> None:
         """Checks ranges, and that the amount is said in one way."""
         if self.drop is not None and not 0 <= self.drop < 1:
-            raise SettingsError("drop", self.drop, "in [0, 1)")
+            raise SettingsError("drop", self.drop, SHARE)
         if self.experts is not None and self.experts < 1:
             raise SettingsError("experts", self.experts, "1 or more")
         if self.mass is not None and not 0 < self.mass <= 1:

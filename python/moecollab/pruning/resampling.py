@@ -17,7 +17,7 @@ from moecollab.criteria.base import SUMMED, Criterion, Evidence, Needs, groups_o
 from moecollab.criteria.scores import Scores
 from moecollab.criteria.scoring import score
 from moecollab.criteria.spread import Spread
-from moecollab.errors import DataError, MissingInputError, SettingsError, ShapeError
+from moecollab.errors import SHARE, DataError, MissingInputError, SettingsError, ShapeError
 from moecollab.manifest import refuse_existing
 from moecollab.progress import track
 from moecollab.pruning.budgets import Budget, Per
@@ -97,7 +97,7 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
         refuse_existing(Path(out), overwrite=overwrite)
     budget = Budget(drop=drop, experts=experts, mass=mass, per=per, floor=floor)
     if not budget.amount:
-        raise SettingsError("budget", None, "given: drop, experts or mass")
+        raise MissingInputError(f"how much goes is not said; give drop ({SHARE}), experts or mass")
     budget.check_scores_suffice("for resampled plans")
     opened = _opened(activations)
     whole = _whole(criterion, opened, budget, seed)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moecollab import criteria
@@ -35,6 +33,7 @@ from moecollab.reporting.material import (
 )
 from moecollab.reporting.numbers import Ledger
 from moecollab.reporting.pattern_cards import membership
+from moecollab.reporting.templating import script_json, template
 
 MOST_DOMAINS = 24
 """Domains that maps show; more cannot be told apart."""
@@ -116,17 +115,10 @@ def render(material: Material, title: str | None = None) -> str:
     """The page as text."""
     ledger = Ledger()
     view = _view(material, title, ledger)
-    environment = Environment(
-        loader=PackageLoader("moecollab.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         view=view,
         n=ledger,
-        numbers=lambda: _script_json(ledger.values),
+        numbers=lambda: script_json(ledger.values),
         plotly=Markup(plotly_script()),
         same_text=provenance.same_text(material),
         made=provenance.made(material),
@@ -207,9 +199,3 @@ def _criterion_line(name: str) -> str:
         return criteria.get(name).form["summary"]
     except MoeCollabError:
         return ""
-
-
-def _script_json(values: dict[str, float]) -> Markup:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(values, sort_keys=True, indent=0, ensure_ascii=True, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -9,6 +9,7 @@ from plotly.colors import qualitative
 from plotly.subplots import make_subplots
 
 from moecollab.reporting.figures.style import escape, styled
+from moecollab.reporting.numbers import percent
 
 if TYPE_CHECKING:
     import polars as pl
@@ -46,10 +47,16 @@ def comparison_figure(comparison: Comparison, measure: str = "loss") -> go.Figur
             own = table.filter(per=per, criterion=name).sort("drop")
             line = _line(own, escape(name), colors[number % len(colors)], shown=column == 1)
             figure.add_trace(line, row=1, col=column)
-    figure.update_xaxes(title_text="share of experts dropped", tickformat=".0%")
+    drops = table["drop"].unique().sort().to_list()
+    figure.update_xaxes(
+        title_text="share of experts dropped",
+        tickvals=drops,
+        ticktext=[percent(drop) for drop in drops],
+        range=[min(drops) - 0.05, max(drops) + 0.05],
+    )
     unit = "nats a token" if measure == "loss" else "share of questions"
     figure.update_yaxes(title_text=f"cost, {unit}", col=1, rangemode="tozero")
-    return styled(figure, height=480).update_layout(margin={"t": 48})
+    return styled(figure, height=480).update_layout(margin={"t": 48}, hoverdistance=40)
 
 
 def _line(own: pl.DataFrame, name: str, color: str, *, shown: bool) -> go.Scatter:
