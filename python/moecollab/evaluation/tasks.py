@@ -94,13 +94,12 @@ class Questions:
     def digest(self) -> str:
         """Digest of everything asked, and of how it is judged."""
         tasks = self.loaded["tasks"]
-        return digest_json(
-            {
-                name: [_prompts(_asked(tasks[name], one) for one in built)]
-                + sorted(map(str, tasks[name].aggregation()))
-                for name, built in self.built.items()
-            }
-        )
+        asked = {
+            name: _prompts(_asked(tasks[name], request) for request in built)
+            for name, built in self.built.items()
+        }
+        metrics = {name: sorted(map(str, task.aggregation())) for name, task in tasks.items()}
+        return digest_json({"asked": asked, "metrics": metrics})
 
     def renew(self) -> None:
         """Takes back all answers."""
