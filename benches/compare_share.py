@@ -73,7 +73,7 @@ class Clock:
         """The function, timed under a name."""
 
         @wraps(plain, updated=())
-        def run(*given: Any, **options: Any) -> Any:  # noqa: ANN401
+        def run(*given: Any, **options: Any) -> Any:
             self.enter(name)
             try:
                 return plain(*given, **options)

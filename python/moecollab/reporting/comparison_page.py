@@ -107,7 +107,7 @@ def render(found: Comparison, reference: str | None = None, title: str | None = 
     model = found.about.get("measured", {}).get("model", {})
     name = _model_name(model)
     return template("comparison.html.j2").render(
-        title=title or f"What each criterion's cuts cost{f' {name}' if name else ''}",
+        title=title or f"What each criterion's cuts cost{f': {name}' if name else ''}",
         found=found,
         model=model,
         calibration=found.about.get("measured", {}).get("calibration", {}),
@@ -184,6 +184,7 @@ def _command(about: Mapping[str, Any]) -> str:
             values = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in settings[name])
             said.append(f"--{name} {shlex.quote(values)}")
     said += [f"--tasks {shlex.quote(task)}" for task in settings.get("tasks", [])]
+    said += ["--task-folder TASKS"] if settings.get("tasks") else []
     for name in ("seeds", "share", "limit", "probe_tokens", "context", "batch_size"):
         if settings.get(name) is not None:
             said.append(f"--{name.replace('_', '-')} {settings[name]:g}")
