@@ -27,6 +27,8 @@ DROPS = (0.125, 0.25, 0.5, 0.75)
 PIECE = 1_000  # characters of a calibration piece, some 300 tokens
 PIECES = 24  # of each domain
 HELD_OUT_PIECE, HELD_OUT_PIECES = 600, 5  # of each domain
+ALONE = 8
+"""Times as many pieces of a domain that is studied alone."""
 QUESTIONS = 100
 FITS = {
     "patterns": mc.HSDL(atoms=(64, 128), rows="sample"),
@@ -44,8 +46,11 @@ def pieces(texts: list[str], n: int, size: int, rng: np.random.Generator) -> lis
     return [piece for piece in cut if len(piece.strip()) > size // 3][:n]
 
 
-def corpora(text: TrainingText) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Calibration and held-out pieces of every domain."""
+def corpora(
+    text: TrainingText, only: str = ""
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Calibration and held-out pieces of every domain, or of one, of which there are more."""
+    times = ALONE if only else 1
     found: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
     for part, source, n, size in (
         (0, text.train, PIECES, PIECE),
@@ -53,9 +58,9 @@ def corpora(text: TrainingText) -> tuple[list[dict[str, str]], list[dict[str, st
     ):
         rng = np.random.default_rng(part)
         for domain, texts in source.items():
-            found[part].extend(
-                {"text": piece, "domain": domain} for piece in pieces(texts, n, size, rng)
-            )
+            if only in ("", domain):
+                cut = pieces(texts, n * times, size, rng)
+                found[part].extend({"text": piece, "domain": domain} for piece in cut)
     return found
 
 
@@ -130,10 +135,12 @@ def run(  # noqa: PLR0913 (one parameter per option)
     seeds: Annotated[int, typer.Option(help="Calibrations")] = 5,
     tasks: Annotated[str, typer.Option(help="facts, or lm-eval tasks between commas")] = "",
     tokens: Annotated[int, typer.Option(help="Tokens on which criteria run the model")] = 8_192,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass")] = 32,
+    domain: Annotated[str, typer.Option(help="Calibrate and judge on this one alone")] = "",
 ) -> None:
     """Measures; a stopped run goes on."""
     variants()
-    calibration, held_out = corpora(read_training_text(data))
+    calibration, held_out = corpora(read_training_text(data), domain)
     work.mkdir(parents=True, exist_ok=True)
     folder = work / "tasks"
     asked = write_facts(data, folder) if tasks == "facts" else [t for t in tasks.split(",") if t]
@@ -153,6 +160,7 @@ def run(  # noqa: PLR0913 (one parameter per option)
             task_folder=folder if tasks == "facts" else None,
             limit=QUESTIONS if asked else None,
             probe_tokens=tokens,
+            batch_size=batch_size,
             dtype="float32",
         )
     typer.echo(found)

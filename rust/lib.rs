@@ -41,6 +41,11 @@ mod start;
 mod step;
 mod update;
 
+#[cfg_attr(
+    not(feature = "python"),
+    allow(dead_code, reason = "only Python opens this room")
+)]
+mod election;
 #[cfg(test)]
 mod fuzz;
 #[cfg_attr(

@@ -16,6 +16,7 @@ __all__ = [
     "fit_square",
     "learn_square",
     "mine_sets",
+    "ranked_choice_falls",
     "read_outputs",
     "step_atoms",
     "step_square",
@@ -251,6 +252,24 @@ def coverage_order(
     -------
     dict
         ``order``, of equal sites the larger first; ``damage``, which never falls along the order.
+    """
+
+def ranked_choice_falls(
+    ballots: NDArray[np.uint16], n_votes: int, n_candidates: int
+) -> NDArray[np.uint32]:
+    """Candidates in the order in which they fall by ranked-choice voting.
+
+    Each time the candidate with the fewest votes falls, of equals the largest; those who voted for
+    it vote for the next one left on their ballot.
+
+    Parameters
+    ----------
+    ballots : uint16 array of shape (n_voters, width)
+        Candidates of each voter, the best first; numbers from `n_candidates` on stand for none.
+    n_votes : int
+        Votes of each voter: those of its first places.
+    n_candidates : int
+        Number of candidates.
     """
 
 @type_check_only

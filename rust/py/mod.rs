@@ -2,6 +2,7 @@
 
 mod arrays;
 mod coverage;
+mod election;
 mod encoding;
 mod errors;
 mod fitting;
@@ -23,6 +24,8 @@ mod _core {
     use super::caep_ranking;
     #[pymodule_export]
     use super::coverage::coverage_order;
+    #[pymodule_export]
+    use super::election::ranked_choice_falls;
     #[pymodule_export]
     use super::encoding::encode;
     #[pymodule_export]

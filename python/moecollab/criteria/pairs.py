@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 from moecollab.criteria.base import Criterion, Evidence, Needs
 from moecollab.record.sketch import distinct, shared_by_all
 
+PAIRS = 512
+"""Pairs that are looked at before those of experts that fell are taken out again."""
+
 
 def evtc(evidence: Evidence, /) -> NDArray[np.float64]:
     """About how many different token ids were routed to each expert.
@@ -69,13 +72,15 @@ def _fall(alike: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.fl
     first, second = (side[::-1] for side in np.triu_indices(n_experts, 1))  # larger ids come first
     order = np.argsort(-alike[first, second], kind="stable")
     loser = np.where(count[first] < count[second], first, second)
-    left = (count > 0).tolist()
-    gone = [expert for expert in reversed(range(n_experts)) if not left[expert]]
-    pairs = zip(first[order].tolist(), second[order].tolist(), loser[order].tolist(), strict=True)
-    for one, other, less_used in pairs:
-        if left[one] and left[other]:
-            left[less_used] = False
-            gone.append(less_used)
+    left = count > 0
+    gone = np.flatnonzero(~left)[::-1].tolist()
+    for at in range(0, len(order), PAIRS):
+        some = order[at : at + PAIRS]
+        some = some[left[first[some]] & left[second[some]]]
+        for one, other, less_used in zip(first[some], second[some], loser[some], strict=True):
+            if left[one] and left[other]:
+                left[less_used] = False
+                gone.append(int(less_used))
     return rank_by_fall(gone, n_experts)
 
 

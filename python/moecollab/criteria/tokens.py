@@ -11,9 +11,6 @@ from moecollab.errors import MissingInputError
 from moecollab.record.activations import Activations, LayerTable
 from moecollab.record.schema import NO_EXPERT
 
-_GONE = np.iinfo(np.int64).max // 2
-"""Votes of an expert that has fallen: more than any other gets."""
-
 
 def shapley(evidence: Evidence, /) -> NDArray[np.float64]:
     """What each expert adds to the coalitions that tokens were routed to.
@@ -76,48 +73,18 @@ def ranked_choice(evidence: Evidence, /) -> NDArray[np.float64]:
 
 def _election(table: LayerTable, n_experts: int) -> NDArray[np.float64]:
     """Ranks of one layer's experts."""
-    ballot, top_k = _ballots(table, n_experts), table.expert.shape[1]
-    order = np.argsort(ballot.astype(np.uint16), axis=None, kind="stable")  # places by expert
-    bounds = np.searchsorted(ballot.ravel()[order], np.arange(n_experts + 1))
-    voting = ballot < n_experts
-    waiting = voting.copy()
-    voting[:, top_k:], waiting[:, :top_k] = False, False
-    votes = np.bincount(ballot[voting], minlength=n_experts)
-    gone: list[int] = []
-    for _ in range(n_experts):
-        lost = n_experts - 1 - int(votes[::-1].argmin())  # of equals the largest id
-        gone.append(lost)
-        votes[lost] = _GONE
-        own = order[bounds[lost] : bounds[lost + 1]]
-        waiting.ravel()[own] = False
-        moving = own[voting.ravel()[own]] // ballot.shape[1]
-        votes += np.bincount(_next_choices(ballot, waiting, voting, moving), minlength=n_experts)
-    return rank_by_fall(gone, n_experts)
+    from moecollab._core import ranked_choice_falls
+
+    gone = ranked_choice_falls(_ballots(table), table.expert.shape[1], n_experts)
+    return rank_by_fall(gone.tolist(), n_experts)
 
 
-def _next_choices(
-    ballot: NDArray[np.int64],
-    waiting: NDArray[np.bool_],
-    voting: NDArray[np.bool_],
-    moving: NDArray[np.int64],
-) -> NDArray[np.int64]:
-    """The best experts left on some ballots, which now vote for them."""
-    held = waiting[moving]
-    first = held.argmax(axis=1)
-    found = held[np.arange(len(held)), first]
-    moving, place = moving[found], first[found]
-    waiting[moving, place], voting[moving, place] = False, True
-    chosen: NDArray[np.int64] = ballot[moving, place]
-    return chosen
-
-
-def _ballots(table: LayerTable, n_experts: int) -> NDArray[np.int64]:
-    """The experts of every token, best first; `n_experts` stands for none."""
+def _ballots(table: LayerTable) -> NDArray[np.uint16]:
+    """The experts of every token, best first; no expert where a slot was not used."""
     if table.next is None:
         raise MissingInputError('no preferences were recorded; extract with collect="preferences"')
     used = np.where(table.weight != 0, table.expert, NO_EXPERT)
-    ballot = np.concatenate([used, table.next], axis=1).astype(np.int64)
-    return np.where(ballot < n_experts, ballot, n_experts)
+    return np.concatenate([used, table.next], axis=1).astype(np.uint16)
 
 
 def _tokens(evidence: Evidence) -> Activations:

@@ -62,15 +62,14 @@ def shared_by_all(sketch: NDArray[np.uint8]) -> NDArray[np.float64]:
     all pairs by one product of matrices, so nothing is made for each pair.
     """
     top, n = int(sketch.max(initial=0)), len(sketch)
-    below = np.zeros((n, n), np.float32)
-    total: NDArray[np.float64] = np.zeros((n, n))
-    for level in range(top + 1):
+    total: NDArray[np.float64] = np.full((n, n), REGISTERS * 2.0**-top)
+    empty = np.full((n, n), REGISTERS if top == 0 else 0)
+    for level in range(top):
         least = (sketch <= level).astype(np.float32)
         here = least @ least.T  # registers of the union that are at most this
-        total += (here - below) * 2.0**-level
+        total += here * np.float32(2.0 ** -(level + 1))  # Σ 2^-register, added up by parts
         if level == 0:
             empty = here.astype(np.int64)
-        below = here
     union = _estimate(total, empty)
     one = union.diagonal()
     return np.maximum(one[:, None] + one[None, :] - union, 0)
