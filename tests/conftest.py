@@ -13,12 +13,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers.utils import logging
 
 import models
 from moecollab.record.extraction import extract
 
 logging.disable_progress_bar()
+settings.register_profile("any machine", settings(), deadline=None)  # a busy one is no failure
+settings.load_profile("any machine")
 
 TEXTS = [
     {"text": "The quick brown fox jumps over the lazy dog. " * 4, "domain": "animals"},

@@ -4,6 +4,19 @@ import numpy as np
 
 from moecollab.record.rows import Rows
 
+SHORT_FIT = {
+    "atoms": [8],
+    "copies": False,
+    "dictionary_size": 1.0,
+    "sparsity": 1.0,
+    "reconstruction": 100.0,
+    "max_iterations": 5,
+    "tolerance": 1e-3,
+    "seed": 0,
+    "threads": 1,
+}
+"""Settings of a short fit, as the Rust core takes them."""
+
 
 def planted(n_rows=400, n_layers=6, n_experts=16, n_groups=24, *, noise=0.0, seed=0):
     """Rows of one to three groups each, groups of two to five experts in different layers.

@@ -8,18 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecollab.criteria.scores import Scores, load_scores
+from moecollab.criteria.scores import load_scores
 from moecollab.criteria.scoring import score
 from moecollab.errors import DataError, PlanError, SettingsError, ShapeError
 from moecollab.pruning.blending import blend
 from moecollab.pruning.planning import plan
-
-
-def make_scores(values, top_k=1, criterion="reap_sum"):
-    values = np.asarray(values, dtype=np.float64)
-    counts = np.ones(values.shape, dtype=np.int64)
-    layers = tuple(range(len(values)))
-    return Scores(criterion=criterion, values=values, counts=counts, layers=layers, top_k=top_k)
+from scored import make_scores
 
 
 def kept_share(scores, made):
@@ -37,7 +31,7 @@ def test_shares_are_added():
     made = blend([make_scores([[1, 3], [0, 0]]), make_scores([[30, 10], [1, 1]])])
     assert made.values.tolist() == [[0.25 + 0.75, 0.75 + 0.25], [1.0, 1.0]]
     assert made.counts.tolist() == [[2, 2], [2, 2]]
-    assert made.criterion == "reap_sum"
+    assert made.criterion == "frequency"
     halved = blend([make_scores([[1, 3]]), make_scores([[30, 10]])], weights=[1, 0.5])
     assert halved.values.tolist() == [[0.25 + 0.375, 0.75 + 0.125]]
     assert halved.settings["weights"] == [1.0, 0.5]
@@ -129,14 +123,22 @@ def test_blends_of_scores_for_one_drop_hold_for_it():
         ([[[1, 2]]], {"how": "best"}, SettingsError, "how is 'best'"),
         ([[[1, 2]]], {"how": "fair"}, SettingsError, "given with drop and without weights"),
         ([[[1, 2]]], {"how": "fair", "drop": 1.0}, SettingsError, r"drop is 1.0"),
+        (
+            [[[1, 2, 3, 4]]],
+            {"how": "fair", "drop": 0.75, "top_k": 2},
+            PlanError,
+            "would keep 1 experts but the router selects top_k=2; lower drop to 0.5 or less",
+        ),
         ([[[1, 2]]], {"weights": [1, 2]}, SettingsError, "1 numbers ≥ 0, not all 0"),
         ([[[1, 2]]], {"weights": [0.0]}, SettingsError, "not all 0"),
         ([[[1, 2]]], {"weights": [np.nan]}, SettingsError, "not all 0"),
     ],
 )
 def test_what_cannot_be_blended(scores, asked, error, message):
+    top_k = asked.get("top_k", 1)
+    others = {name: value for name, value in asked.items() if name != "top_k"}
     with pytest.raises(error, match=message):
-        blend([make_scores(values) for values in scores], **asked)
+        blend([make_scores(values, top_k) for values in scores], **others)
 
 
 def test_scores_of_one_domain(acts):

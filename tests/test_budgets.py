@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import models
-from moecollab.criteria.scores import Scores, load_scores
+from moecollab.criteria.scores import load_scores
 from moecollab.criteria.scoring import score
 from moecollab.errors import (
     DataError,
@@ -31,19 +31,7 @@ from moecollab.pruning.pruning import prune
 from moecollab.pruning.sequences import by_entropy, by_similarity, entropies
 from moecollab.pruning.units import make_units
 from moecollab.record.extraction import extract
-
-
-def make_scores(values, top_k=1, groups=None, settings=None, layers=None):
-    values = np.asarray(values, dtype=np.float64)
-    return Scores(
-        criterion="frequency",
-        values=values,
-        counts=np.zeros(values.shape, dtype=np.int64),
-        layers=tuple(layers or range(len(values))),
-        top_k=top_k,
-        groups=groups,
-        settings=settings or {},
-    )
+from scored import make_scores, planned
 
 
 def counts(made):
@@ -60,14 +48,6 @@ def positive_scores(draw):
     least = -(-top_k // n_groups)
     groups = RouterGroups(n_groups, least) if n_groups > 1 else None
     return make_scores(np.reshape(values, (n_layers, n_groups * size)), top_k, groups)
-
-
-def planned(scores, **asked):
-    """The plan, or None where the budget cannot be met."""
-    try:
-        return plan(scores, **asked)
-    except PlanError:
-        return None
 
 
 # counts of experts
@@ -97,13 +77,43 @@ def test_as_many_experts_stay_as_were_asked_for(scores, experts):
         ({}, MissingInputError, "give one of drop, experts, mass, memory_gb .*, or drop_list"),
         ({"drop": 0.5, "experts": 2}, SettingsError, r"\['drop', 'experts'\]; it must be one of"),
         ({"drop": 0.1, "mass": 0.9}, SettingsError, "not several"),
-        ({"experts": 0}, SettingsError, "experts is 0; it must be 1 or more"),
+        ({"experts": 0}, SettingsError, "experts is 0; it must be a whole number, 1 or more"),
+        ({"experts": 2.5}, SettingsError, "experts is 2.5; it must be a whole number, 1 or more"),
+        ({"experts": True}, SettingsError, "experts is True; it must be a whole number"),
+        (
+            {"drop": 25},
+            SettingsError,
+            r"drop is 25; it must be a share between 0 and 1; for 25 % write 0.25",
+        ),
+        ({"drop": float("nan")}, SettingsError, "drop is nan; it must be a share"),
+        ({"drop": "0.5"}, SettingsError, "drop is '0.5'; it must be a share"),
         ({"experts": 9}, SettingsError, "experts is 9; it must be at most the 4 that"),
-        ({"mass": 1.5}, SettingsError, r"mass is 1.5; it must be in \(0, 1\]"),
+        ({"mass": 1.5}, SettingsError, r"mass is 1.5; it must be a share in \(0, 1\]"),
         ({"mass": 0.0}, SettingsError, r"mass is 0.0"),
         ({"memory_gb": 0.0}, SettingsError, "memory_gb is 0.0; it must be above 0"),
-        ({"memory_gb": 1.0}, SettingsError, "model is None; it must be given for memory_gb"),
+        ({"memory_gb": 1.0}, SettingsError, r"given for memory_gb \(--model\)"),
         ({"drop": 0.5, "floor": -1}, SettingsError, "floor is -1"),
+        ({"drop": 0.5, "floor": 1.5}, SettingsError, "floor is 1.5; it must be a whole number, 0"),
+        ({"drop": 0.5, "groups": 2.5}, SettingsError, "groups is 2.5; it must be a divisor of"),
+        (
+            {"drop": 0.5, "keep": {0: 0}},
+            SettingsError,
+            "keep is {0: 0}; it must be a path, or lists",
+        ),
+        ({"drop": 0.5, "keep": [0]}, SettingsError, r"keep is \[0\]; it must be a path, or lists"),
+        ({"drop": 0.5, "keep": {0: "01"}}, SettingsError, "keep is {0: '01'}; it must be a path"),
+        ({"drop": 0.5, "keep": {0: [1.5]}}, SettingsError, r"keep is {0: \[1.5\]}; it must be a"),
+        ({"drop_list": {1: 0}}, SettingsError, "drop_list is {1: 0}; it must be a path, or lists"),
+        (
+            {"drop_list": {9: [0]}},
+            SettingsError,
+            r"drop_list is {9: \(0,\)}; it must be of the MoE",
+        ),
+        (
+            {"drop_list": {1: [4]}},
+            SettingsError,
+            r"{1: \(4,\)}; it must be of expert ids in \[0, 4",
+        ),
         ({"drop": 0.5, "floor": 5}, SettingsError, "floor is 5; it must be at most the 4"),
         ({"drop": 0.5, "groups": 3}, SettingsError, "groups is 3; it must be a divisor of the 4"),
         ({"drop": 0.5, "per": "similarity"}, SettingsError, "similarity is None"),
@@ -177,9 +187,10 @@ def test_lists_are_read_from_files(tmp_path):
     again = plan(scores, drop=0.5, drop_list=tmp_path / "plan.json")
     assert all(set(first.dropped[i]) < set(again.dropped[i]) for i in (0, 1))
     assert plan(scores, drop=0.25, keep=tmp_path / "plan.json").keep == first.keep
-    (tmp_path / "odd.json").write_text(json.dumps({"zero": [0]}))
-    with pytest.raises(DataError, match="neither a plan nor of experts by layer"):
-        plan(scores, drop=0.5, keep=tmp_path / "odd.json")
+    for odd in ({"zero": [0]}, {"0": 0}, {"0": [1.5]}, {"0": "01"}):
+        (tmp_path / "odd.json").write_text(json.dumps(odd))
+        with pytest.raises(DataError, match="neither a plan nor of experts by layer"):
+            plan(scores, drop=0.5, keep=tmp_path / "odd.json")
 
 
 # shares of the scores
@@ -255,6 +266,31 @@ def test_memory_that_is_too_small_says_what_is_possible():
         assert counts(plan(scores, memory_gb=7.0, model=size, per=per)) == [2, 2]
     with pytest.raises(ShapeError, match="has 1 MoE layers, but the scores are of 2"):
         plan(scores, memory_gb=3.0, model=Footprint(expert=(1e9,), rest=0.0))
+
+
+@pytest.mark.parametrize(("memory", "per_layer", "of_model"), [(99, 2, 2), (7, 2, 2), (4, 3, 5)])
+def test_memory_is_a_limit_and_a_drop_list_goes_whatever_fits(memory, per_layer, of_model):
+    """Eight experts of 1 GB each; the drop-list takes two of one layer."""
+    asked = {
+        "memory_gb": float(memory),
+        "model": Footprint(expert=(1e9, 1e9), rest=1e9),
+        "drop_list": {1: [2, 3]},
+    }
+    scores = make_scores([[1, 2, 3, 4], [5, 6, 7, 8]])
+    even, free = plan(scores, **asked), plan(scores, per="model", **asked)
+    assert counts(even) == [4 - per_layer, 4 - per_layer]
+    assert free.n_dropped == of_model
+    assert {2, 3} <= set(even.dropped[1])
+    assert {2, 3} <= set(free.dropped[1])
+
+
+def test_numbers_of_numpy_are_planned_and_written(tmp_path):
+    scores = make_scores([[1, 2, 3, 4], [5, 6, 7, 8]])
+    for name, asked in [("drop", np.float32(0.25)), ("experts", np.int64(3))]:
+        made = plan(scores, out=tmp_path / f"{name}.json", **{name: asked})
+        assert load_plan(tmp_path / f"{name}.json") == made
+        assert counts(made) == [3, 3]
+    assert plan(scores, drop=0.25, keep={0: np.array([0])}).keep[0] == (0, 2, 3)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

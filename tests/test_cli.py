@@ -188,6 +188,19 @@ def test_a_context_beyond_the_models_own_is_said(inside, model_folder, text):
             assert (said in " ".join(error.split())) == (asked == "100")
 
 
+def test_a_lower_context_is_said_before_the_work(inside, model_folder, tmp_path):
+    """Both commands refuse the text once they know the model, and have said it by then."""
+    said = "read in pieces of 64 tokens, not 100"
+    (tmp_path / "short.jsonl").write_text(json.dumps({"text": "a"}))
+    short = str(tmp_path / "short.jsonl")
+    made = ["extract", model_folder, short, "--out", "acts", "--folds", "2"]
+    tried = ["evaluate", model_folder, "--corpus", short, "--out", "e.json"]
+    for command in (made, tried):
+        code, _, error = inside(*command, "--context", "100")
+        assert code == 1, error
+        assert said in " ".join(error.split())
+
+
 def test_damaged_files_and_impossible_plans(inside, model_folder, text, tmp_path):
     acts, scores = tmp_path / "acts", tmp_path / "scores.parquet"
     assert inside("extract", model_folder, text, "--out", acts)[0] == 0

@@ -13,27 +13,15 @@ import moecollab
 from adam_twin import AdamTwin
 from moecollab import _core
 from moecollab.errors import DataError, SettingsError, ShapeError
-from planted import as_rows, planted
+from planted import SHORT_FIT, as_rows, planted
 from reference import caep as slow_caep
 from reference import objective
-
-SETTINGS = {
-    "atoms": [8],
-    "copies": False,
-    "dictionary_size": 1.0,
-    "sparsity": 1.0,
-    "reconstruction": 100.0,
-    "max_iterations": 5,
-    "tolerance": 1e-3,
-    "seed": 0,
-    "threads": 1,
-}
 
 
 def fit(x, watch=lambda row: None, **changes):
     rows = as_rows(x)
     arrays = (rows.indptr, rows.sites, rows.values)
-    return _core.fit_dictionary(arrays, x.shape[1], SETTINGS | changes, watch)
+    return _core.fit_dictionary(arrays, x.shape[1], SHORT_FIT | changes, watch)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 20), st.floats(0.01, 1.0))

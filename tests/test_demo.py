@@ -12,9 +12,10 @@ import pytest
 
 import moecollab as mc
 from moecollab.demo import MODEL, read_questions
+from moecollab.demo import demo as demonstration
 from moecollab.demo.demo import CRITERIA, DROPS
 from moecollab.demo.text import DOMAINS
-from moecollab.manifest import digest_file
+from moecollab.manifest import digest_file, write_json
 
 LOSS_OF_TEN = 3.913  # nats per token on the first ten held-out questions, when it was trained
 REPRODUCIBLE = ("activations", "collaboration", "scores", "plans", "plan.json")
@@ -64,7 +65,7 @@ def test_thread_count_does_not_change_a_byte(demo, tmp_path):
 
 @pytest.mark.slow
 def test_pruned_checkpoint_costs_what_its_mask_cost(demo):
-    masked = mc.load_evaluation(demo / "evaluations" / "caep-25.json")
+    masked = mc.load_evaluation(demo / "evaluations" / "coverage-25.json")
     again = mc.evaluate(demo / "pruned", corpus=demo / "held_out.jsonl", dtype="float32")
     assert again.loss == pytest.approx(masked.loss, abs=1e-5)
     config = json.loads((demo / "pruned" / "config.json").read_text())
@@ -79,6 +80,16 @@ def test_dropping_hurts_and_random_hurts_most(demo):
     for drop in (25, 50):
         others = [loss[f"{criterion}-{drop}"] for criterion in CRITERIA if criterion != "random"]
         assert loss[f"random-{drop}"] > max(others)
+
+
+def test_criteria_of_an_earlier_demo_leave_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(demonstration, "_steps", lambda *_: iter(()))
+    write_json(tmp_path / demonstration.MARK, {"seed": 0})
+    for name in ("scores", "plans", "evaluations"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old-25.json").touch()
+    demonstration.run_demo(tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {demonstration.MARK}
 
 
 def test_questions_cover_every_subject_once():

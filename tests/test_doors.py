@@ -5,18 +5,9 @@ import pytest
 
 from moecollab import _core
 from moecollab.errors import DataError, SettingsError, ShapeError
+from planted import SHORT_FIT
 
-COMMON = {
-    "atoms": [2],
-    "copies": False,
-    "dictionary_size": 1.0,
-    "sparsity": 1.0,
-    "reconstruction": 100.0,
-    "max_iterations": 5,
-    "tolerance": 1e-3,
-    "seed": 0,
-    "threads": 1,
-}
+COMMON = SHORT_FIT | {"atoms": [2]}
 FIT = COMMON | {"passes": 1.0, "batch": 0}
 CODE = {"sparsity": 0.2, "reconstruction": 1.0, "tolerance": 1e-4, "caps": None, "gap": False}
 LEARN = {"batches": 1, "batch": 2, "window": 4, "exponent": 3.0, "share": 0.5, "seed": 0}

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moecollab.criteria.scores import Scores
 from moecollab.errors import (
     DataError,
     MissingInputError,
@@ -20,19 +19,7 @@ from moecollab.errors import (
 )
 from moecollab.pruning.planning import plan
 from moecollab.pruning.plans import Plan, load_plan
-
-
-def make_scores(values, top_k=1, layers=None, settings=None):
-    values = np.asarray(values, dtype=np.float64)
-    return Scores(
-        criterion="frequency",
-        values=values,
-        counts=np.zeros(values.shape, dtype=np.int64),
-        layers=tuple(layers or range(len(values))),
-        top_k=top_k,
-        activations="0123456789abcdef",
-        settings=settings or {},
-    )
+from scored import make_scores, planned
 
 
 @st.composite
@@ -48,14 +35,6 @@ def score_sets(draw, distinct=False):
 
 
 drops = st.floats(0, 1, exclude_max=True)
-
-
-def planned(scores, **settings):
-    """The plan, or None where the budget cannot be met."""
-    try:
-        return plan(scores, **settings)
-    except PlanError:
-        return None
 
 
 def test_lowest_scores_of_each_layer_go():
@@ -137,7 +116,7 @@ def test_impossible_budget_says_what_is_possible(per, top_k, keep, message):
 
 @pytest.mark.parametrize("drop", [-0.1, 1.0, math.nan, 7])
 def test_drop_out_of_range(drop):
-    with pytest.raises(SettingsError, match=r"drop is .*; it must be in \[0, 1\)"):
+    with pytest.raises(SettingsError, match=r"drop is .*; it must be a share between 0 and 1"):
         plan(make_scores([[1, 2]]), drop=drop)
 
 
@@ -145,9 +124,9 @@ def test_other_wrong_settings():
     scores = make_scores([[1, 2]])
     with pytest.raises(SettingsError, match="per is 'expert'; it must be 'layer' or 'model'"):
         plan(scores, drop=0, per="expert")
-    with pytest.raises(SettingsError, match="keep is 5; it must be one of the MoE layers"):
+    with pytest.raises(SettingsError, match=r"keep is {5: \(0,\)}; it must be of the MoE layers"):
         plan(scores, drop=0, keep={5: [0]})
-    with pytest.raises(SettingsError, match=r"it must be expert ids in \[0, 2\)"):
+    with pytest.raises(SettingsError, match=r"it must be of expert ids in \[0, 2\)"):
         plan(scores, drop=0, keep={0: [2]})
 
 

@@ -97,7 +97,8 @@ def test_plan_with_other_counts_says_what_to_do(tmp_path):
         prune(model, plan_for(model, (0, 1, 2), (0, 1)), out=tmp_path / "small")
     assert str(caught.value) == (
         "layer 1 keeps 2 experts and layer 0 keeps 3, but a checkpoint has one number for all "
-        "layers; mask the model instead, or pass equalise=True"
+        "layers; pass equalise=True (--equalise), plan with per='layer' and an amount other than "
+        "mass, or mask the model instead"
     )
     assert not (tmp_path / "small").exists()
     assert find_moe_layers(model)[0].n_experts == 8

@@ -8,13 +8,22 @@ killed run resumes.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import torch
 import typer
 
-from moecollab.demo.train import Recipe, Run, save_model, train
+from moecollab.demo.train import (
+    SHAPE,
+    Data,
+    Out,
+    Recipe,
+    Run,
+    Seed,
+    Steps,
+    Threads,
+    Work,
+    save_model,
+    train,
+)
 from moecollab.demo.training_text import Batches, FactSampler, read_training_text
 from moecollab.progress import show
 
@@ -25,32 +34,23 @@ def build_model(recipe: Recipe):
 
     config = OlmoeConfig(
         vocab_size=recipe.vocabulary,
-        hidden_size=128,
         intermediate_size=64,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
         num_experts=32,
         num_experts_per_tok=4,
         norm_topk_prob=False,
-        tie_word_embeddings=True,
-        router_aux_loss_coef=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+        **SHAPE,
     )
     torch.manual_seed(recipe.seed)
     return OlmoeForCausalLM(config)
 
 
 def main(
-    data: Annotated[Path, typer.Argument(help="Folder with corpus/*.parquet and facts/")],
-    work: Annotated[Path, typer.Option(help="Folder for checkpoints; a killed run resumes")],
-    out: Annotated[Path, typer.Option(help="Folder the finished model goes to")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps")] = Recipe.steps,
-    seed: Annotated[int, typer.Option(help="Seed of weights and batches")] = 0,
-    threads: Annotated[int, typer.Option(help="Torch threads")] = 2,
+    data: Data,
+    work: Work,
+    out: Out,
+    steps: Steps = Recipe.steps,
+    seed: Seed = 0,
+    threads: Threads = 2,
 ) -> None:
     """Trains the second model."""
     torch.set_num_threads(threads)

@@ -103,6 +103,7 @@ def show() -> Iterator[None]:
     class RichDisplay:
         def __init__(self) -> None:
             self.depth = 0
+            self.said: set[str] = set()
 
         def open(self, what: str, total: float | None) -> Bar:
             bars.start()
@@ -117,6 +118,9 @@ def show() -> Iterator[None]:
                 bars.stop_task(bar.task)
 
         def say(self, text: str) -> None:
+            if text in self.said:  # work in rounds says the same in every one
+                return
+            self.said.add(text)
             bars.console.print(text, highlight=False, markup=False)
 
     token = _display.set(RichDisplay())

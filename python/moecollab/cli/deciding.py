@@ -9,7 +9,18 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
-from moecollab.cli.options import Out, Overwrite, PerScores, Seed, decimals, model_path, say
+from moecollab.cli.options import (
+    Criterion,
+    Floor,
+    Keep,
+    Out,
+    Overwrite,
+    PerScores,
+    Seed,
+    decimals,
+    model_path,
+    say,
+)
 
 Per = Annotated[
     Literal["layer", "model", "entropy", "similarity"],
@@ -18,7 +29,6 @@ Per = Annotated[
 Drop = Annotated[float | None, typer.Option(help="Share of the experts to drop, in [0, 1)")]
 Experts = Annotated[int | None, typer.Option(help="Experts to keep: of each layer, or overall")]
 Mass = Annotated[float | None, typer.Option(help="Share of the scores to keep, in (0, 1]")]
-Floor = Annotated[int, typer.Option(help="Experts that every layer keeps at least")]
 
 
 def plan(  # noqa: PLR0913 (one parameter per option)
@@ -35,9 +45,7 @@ def plan(  # noqa: PLR0913 (one parameter per option)
     groups: Annotated[
         int | None, typer.Option(help="Router groups, if the scores do not know them")
     ] = None,
-    keep: Annotated[
-        Path | None, typer.Option(help="JSON of experts that stay, {layer: [ids]}, or a plan")
-    ] = None,
+    keep: Keep = None,
     drop_list: Annotated[
         Path | None, typer.Option(help="JSON of experts that go, {layer: [ids]}, or a plan")
     ] = None,
@@ -98,7 +106,7 @@ def blend(
 
 
 def uncertainty(  # noqa: PLR0913 (one parameter per option)
-    criterion: Annotated[str, typer.Option(help="See: moecollab criteria")],
+    criterion: Criterion,
     activations: Annotated[
         list[Path], typer.Argument(help="Folders made by extract: one, or one per seed")
     ],

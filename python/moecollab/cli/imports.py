@@ -9,13 +9,14 @@ import typer
 
 import moecollab as mc
 from moecollab import progress
+from moecollab.cli.options import Out, Overwrite
 from moecollab.errors import SettingsError
 
 
 def import_(  # noqa: PLR0913 (one parameter per option)
     kind: Annotated[str, typer.Argument(help="What wrote the files; see docs/importing.md")],
     files: Annotated[list[Path], typer.Argument(help="Files, or folders of files")],
-    out: Annotated[Path, typer.Option(help="Where the result goes")],
+    out: Out,
     experts: Annotated[int | None, typer.Option(help="Routed experts per layer")] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts per token and layer")] = None,
     layers: Annotated[
@@ -26,7 +27,7 @@ def import_(  # noqa: PLR0913 (one parameter per option)
         bool,
         typer.Option("--prefill-only/--keep-decode", help="Leave out tokens that the model wrote"),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Imports routing that a serving engine or another program recorded.
 

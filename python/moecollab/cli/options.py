@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from moecollab import progress
 from moecollab.errors import SettingsError, unknown_name
 
 EMBEDDED = "embedded"
@@ -39,6 +38,25 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
 Context = Annotated[int, typer.Option(help="Tokens read at once; longer text is read in pieces")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Batch = Annotated[int, typer.Option(help="Windows run at once")]
+Corpus = Annotated[Path, typer.Argument(help=".txt, .jsonl (text, domain) or .parquet file")]
+Tokens = Annotated[int | None, typer.Option(help="Record this many tokens at most")]
+Recorded = Annotated[Path, typer.Argument(help="Folder made by extract")]
+Rows = Annotated[
+    Literal["token", "sample", "sample_sum"],
+    typer.Option(help="What a row is"),
+]
+Weights = Annotated[
+    Literal["renormalised", "raw", "binary", "output"],
+    typer.Option(help="What an entry is"),
+]
+Threads = Annotated[int | None, typer.Option(help="Threads; all cores if not given")]
+Criterion = Annotated[str, typer.Option(help="See: moecollab criteria")]
+Floor = Annotated[int, typer.Option(help="Experts that every layer keeps at least")]
+Keep = Annotated[
+    Path | None,
+    typer.Option(help="JSON of experts that stay, {layer: [ids]}, or a plan"),
+]
+PlanFile = Annotated[Path, typer.Argument(help="File made by plan")]
 
 
 def say(what: object) -> None:
@@ -84,9 +102,3 @@ def held(context: typer.Context, hidden_gb: float) -> float:
     if given and not context.params["layer_by_layer"]:
         raise typer.BadParameter("it works with --layer-by-layer; give both or leave it out")
     return hidden_gb
-
-
-def say_context(asked: int, read: int) -> None:
-    """Says that a model reads less at once than was asked for."""
-    if read < asked:
-        progress.say(f"read in pieces of {read} tokens, not {asked}: the model has no more places")

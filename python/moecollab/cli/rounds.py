@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import moecollab as mc
 from moecollab import progress
-from moecollab.cli.options import Batch, Context, Dtype, Model, Out, Overwrite, PerScores, Seed, say
+from moecollab.cli.options import (
+    Batch,
+    Context,
+    Corpus,
+    Criterion,
+    Dtype,
+    Floor,
+    Keep,
+    Model,
+    Out,
+    Overwrite,
+    PerScores,
+    Seed,
+    Tokens,
+    say,
+)
 
 
 def iterate(  # noqa: PLR0913 (one parameter per option)
     model: Model,
-    corpus: Annotated[Path, typer.Argument(help=".txt, .jsonl (text, domain) or .parquet file")],
-    criterion: Annotated[str, typer.Option(help="See: moecollab criteria")],
+    corpus: Corpus,
+    criterion: Criterion,
     drop: Annotated[float, typer.Option(help="Share of the experts gone at the end, in [0, 1)")],
     out: Out,
     rounds: Annotated[int, typer.Option(help="Recordings; each drops an equal share more")] = 4,
     per: PerScores = "layer",
-    floor: Annotated[int, typer.Option(help="Experts that every layer keeps at least")] = 0,
-    keep: Annotated[
-        Path | None, typer.Option(help="JSON of experts that stay, {layer: [ids]}, or a plan")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Record this many tokens at most")] = None,
+    floor: Floor = 0,
+    keep: Keep = None,
+    tokens: Tokens = None,
     context: Context = 512,
     batch_size: Batch = 8,
     seed: Seed = 0,

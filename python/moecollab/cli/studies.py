@@ -3,35 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 import moecollab as mc
 from moecollab import progress
-from moecollab.cli.options import decimals
+from moecollab.cli.options import Overwrite, Recorded, Rows, Threads, Weights, decimals
 from moecollab.errors import SettingsError
 from moecollab.manifest import new_folder
 
 
 def sweep(  # noqa: PLR0913 (one parameter per option)
-    activations: Annotated[Path, typer.Argument(help="Folder made by extract")],
+    activations: Recorded,
     out: Annotated[Path, typer.Option(help="Folder for sweep.parquet and sweep.html")],
     atoms: Annotated[
         list[str] | None, typer.Option(help="Groups per level, coarse to fine; may be repeated")
     ] = None,
     sparsity: Annotated[str | None, typer.Option(help="Weights to try: 1,30,300")] = None,
     reconstruction: Annotated[str | None, typer.Option(help="Weights to try: 100,300")] = None,
-    rows: Annotated[
-        Literal["token", "sample", "sample_sum"], typer.Option(help="What a row is")
-    ] = "token",
-    weights: Annotated[
-        Literal["renormalised", "raw", "binary", "output"], typer.Option(help="What an entry is")
-    ] = "renormalised",
+    rows: Rows = "token",
+    weights: Weights = "renormalised",
     seeds: Annotated[int, typer.Option(help="Fits of each combination")] = 2,
     held_out: Annotated[float, typer.Option(help="Share of the samples that only judges")] = 0.2,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result")] = False,
+    threads: Threads = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fits every combination of some settings, to choose the number of groups and the weights.
 

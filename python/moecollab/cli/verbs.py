@@ -17,15 +17,22 @@ from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
     Context,
+    Corpus,
+    Criterion,
     Dtype,
     Model,
     Out,
     Overwrite,
+    PlanFile,
+    Recorded,
+    Rows,
     Seed,
+    Threads,
+    Tokens,
+    Weights,
     held,
     model_path,
     numbers,
-    say_context,
     sums,
 )
 from moecollab.cli.options import say as _say
@@ -36,9 +43,9 @@ from moecollab.manifest import refuse_existing
 
 def extract(  # noqa: PLR0913 (one parameter per option)
     model: Model,
-    corpus: Annotated[Path, typer.Argument(help=".txt, .jsonl (text, domain) or .parquet file")],
+    corpus: Corpus,
     out: Out,
-    tokens: Annotated[int | None, typer.Option(help="Record this many tokens at most")] = None,
+    tokens: Tokens = None,
     norms: Annotated[bool, typer.Option(help="Record the norms of expert outputs")] = True,
     collect: Annotated[
         str, typer.Option(help="What else to sum, or criteria that need it: channels,pairs")
@@ -90,12 +97,11 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             hidden_gb=hidden_gb,
             overwrite=overwrite,
         )
-        say_context(context, acts.manifest["settings"]["context"])
     _say(f"{out}: {acts!r}")
 
 
 def fit(  # noqa: PLR0913 (one parameter per option)
-    activations: Annotated[Path, typer.Argument(help="Folder made by extract")],
+    activations: Recorded,
     out: Out,
     atoms: Annotated[
         str | None, typer.Option(help="Groups per level, coarse to fine: 64,128")
@@ -111,17 +117,13 @@ def fit(  # noqa: PLR0913 (one parameter per option)
     copies: Annotated[
         bool, typer.Option("--copies", help="Let finer groups copy the coarser ones")
     ] = False,
-    rows: Annotated[
-        Literal["token", "sample", "sample_sum"], typer.Option(help="What a row is")
-    ] = "token",
-    weights: Annotated[
-        Literal["renormalised", "raw", "binary", "output"], typer.Option(help="What an entry is")
-    ] = "renormalised",
+    rows: Rows = "token",
+    weights: Weights = "renormalised",
     max_iterations: Annotated[int, typer.Option(help="Longest fit, in rounds per stage")] = 100,
     tolerance: Annotated[float, typer.Option(help="Stop at this relative change")] = 1e-3,
     seed: Seed = 0,
     n_init: Annotated[int, typer.Option(help="Seeds to try; the best fit is kept")] = 1,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
+    threads: Threads = None,
     rows_in_memory: Annotated[
         int, typer.Option(help="Tokens held at once; with more, passes go over blocks")
     ] = 524_288,
@@ -163,7 +165,7 @@ def fit(  # noqa: PLR0913 (one parameter per option)
 
 
 def mine(  # noqa: PLR0913 (one parameter per option)
-    acts: Annotated[Path, typer.Argument(help="Folder made by extract")],
+    acts: Recorded,
     out: Out,
     size: Annotated[int, typer.Option(help="Experts in a set: 2, 3 … 6")] = 2,
     min_support: Annotated[float, typer.Option(help="Least share of the tokens")] = 0.001,
@@ -178,7 +180,7 @@ def mine(  # noqa: PLR0913 (one parameter per option)
         Literal["load", "token", "none"],
         typer.Option(help="Chance: each expert keeps its load, or its load with each token id"),
     ] = "load",
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
+    threads: Threads = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Counts every pair, or larger set, of experts and compares with chance; the control for fit.
@@ -201,7 +203,7 @@ def mine(  # noqa: PLR0913 (one parameter per option)
 
 
 def score(  # noqa: PLR0913 (one parameter per option)
-    criterion: Annotated[str, typer.Option(help="See: moecollab criteria")],
+    criterion: Criterion,
     out: Out,
     activations: Annotated[
         Path | None, typer.Argument(help="Folder made by extract; not needed to score weights")
@@ -249,7 +251,7 @@ def score(  # noqa: PLR0913 (one parameter per option)
 
 def mask(
     model: Model,
-    plan: Annotated[Path, typer.Argument(help="File made by plan")],
+    plan: PlanFile,
     out: Out,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
@@ -266,7 +268,7 @@ def mask(
 
 def prune(
     model: Model,
-    plan: Annotated[Path, typer.Argument(help="File made by plan")],
+    plan: PlanFile,
     out: Out,
     equalise: Annotated[
         bool, typer.Option("--equalise", help="Cut a per-model plan to equal counts per layer")
@@ -319,7 +321,6 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
             out=out,
             overwrite=overwrite,
         )
-        say_context(context, found.about["settings"]["context"])
     _say(f"{out}: {found!r}")
 
 
@@ -339,7 +340,7 @@ def report(
 def demo(
     out: Out = Path("demo-run"),
     seed: Seed = 0,
-    threads: Annotated[int | None, typer.Option(help="Threads; all cores if not given")] = None,
+    threads: Threads = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Runs everything on the embedded model and text and leaves a report and every file.

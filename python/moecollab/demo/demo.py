@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from moecollab.progress import track
 MODEL = Path(__file__).parent / "model"
 """The embedded model: a stock transformers folder."""
 
-CRITERIA = ("caep", "frequency", "gate_sum", "reap", "random")
+CRITERIA = ("coverage", "caep", "reap", "frequency", "random")
 DROPS = (0.25, 0.5)
 MARK = "demo.json"
 """File that tells a demo's folder from others."""
@@ -24,7 +25,7 @@ ATOMS = (24, 120)
 """Coarse and fine groups; with few documents, fewer than the default."""
 DTYPE = "float32"
 """What the demo computes in; bfloat16 rounds, and is slow on processors without it."""
-CHOSEN = "caep-25"
+CHOSEN = "coverage-25"
 """The plan that is cut out in the end."""
 
 
@@ -61,6 +62,8 @@ def run_demo(
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).exists():
         raise DataError(f"{out} holds other files than a demo's; choose another output")
     write_json(out / MARK, {"seed": seed}, overwrite=True)
+    for name in ("scores", "plans", "evaluations"):  # perhaps of criteria that are no longer tried
+        shutil.rmtree(out / name, ignore_errors=True)
     with _torch_threads(threads), track("demo", total=5) as bar:
         for step in _steps(out, seed, threads):
             bar.remark(step)

@@ -69,29 +69,35 @@ class Recipe:
         return self.rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "router_aux_loss_coef": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+"""Settings of a model that learns this text, whatever its experts are."""
+
+
 def build_model(recipe: Recipe) -> PreTrainedModel:
     """A fresh model: 6 layers, 24 routed experts (top 3) and one shared expert in each."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     config = Qwen2MoeConfig(
         vocab_size=recipe.vocabulary,
-        hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
         num_experts=24,
         num_experts_per_tok=3,
         moe_intermediate_size=64,
         shared_expert_intermediate_size=64,
         norm_topk_prob=True,
-        tie_word_embeddings=True,
         qkv_bias=False,
-        router_aux_loss_coef=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+        **SHAPE,
     )
     torch.manual_seed(recipe.seed)
     model: PreTrainedModel = Qwen2MoeForCausalLM(config)
@@ -242,13 +248,21 @@ def save_model(model: PreTrainedModel, tokenizer_file: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
+Data = Annotated[Path, typer.Argument(help="Folder with corpus/*.parquet and facts/")]
+Work = Annotated[Path, typer.Option(help="Folder for checkpoints; a killed run resumes")]
+Out = Annotated[Path, typer.Option(help="Folder the finished model goes to")]
+Steps = Annotated[int, typer.Option(help="Optimiser steps")]
+Seed = Annotated[int, typer.Option(help="Seed of weights and batches")]
+Threads = Annotated[int, typer.Option(help="Torch threads")]
+
+
 def main(
-    data: Annotated[Path, typer.Argument(help="Folder with corpus/*.parquet and facts/")],
-    work: Annotated[Path, typer.Option(help="Folder for checkpoints; a killed run resumes")],
-    out: Annotated[Path, typer.Option(help="Folder the finished model goes to")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps")] = Recipe.steps,
-    seed: Annotated[int, typer.Option(help="Seed of weights and batches")] = 0,
-    threads: Annotated[int, typer.Option(help="Torch threads")] = 2,
+    data: Data,
+    work: Work,
+    out: Out,
+    steps: Steps = Recipe.steps,
+    seed: Seed = 0,
+    threads: Threads = 2,
 ) -> None:
     """Trains the embedded model and writes its card."""
     from moecollab.demo.model_card import write_card

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moecollab.errors import DataError
+from moecollab.models.context import context_of
 from moecollab.progress import track
 
 if TYPE_CHECKING:
@@ -132,8 +133,7 @@ def cut(document: int, ids: Sequence[int], context: int) -> Iterator[Window]:
 
 def window_of(config: Any, context: int) -> int:  # noqa: ANN401 (any model config)
     """Tokens per window: as asked, or as many positions as the model has if these are fewer."""
-    text_config = getattr(config, "text_config", None) or config
-    return min(context, getattr(text_config, "max_position_embeddings", None) or context)
+    return context_of(getattr(config, "text_config", None) or config, context)
 
 
 def _window_losses(

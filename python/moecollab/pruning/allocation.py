@@ -145,7 +145,10 @@ class Allocation:
         return n - experts
 
     def _n_freed(self, sizes: NDArray[np.float64]) -> int:
-        """Steps after which what is left fits into memory; each frees so many bytes."""
+        """Steps after which what is left fits into memory; each frees so many bytes.
+
+        Memory is a limit and no aim: where the drop-list takes more, more goes.
+        """
         footprint = self._bytes()
         total = footprint.rest + sum(footprint.expert) * self.scores.n_experts
         excess = total - (self.budget.memory_gb or 0.0) * GB
@@ -157,13 +160,16 @@ class Allocation:
                 f"the smallest checkpoint that can be left has {least / GB:.4g} GB; raise memory_gb"
                 f" from {self.budget.memory_gb:g} to {math.ceil(least / GB * 1e4) / 1e4:g} or more"
             )
-        return n
+        needed = self.units.must
+        return max(n, int(needed.max() if self.budget.per == "layer" else needed.sum()))
 
     # What else the budget needs.
 
     def _bytes(self) -> Footprint:
         if self.footprint is None:
-            raise SettingsError("model", None, "given for memory_gb: a model or a Footprint")
+            raise SettingsError(
+                "model", None, "given for memory_gb (--model), the whole model or its Footprint"
+            )
         if len(self.footprint.expert) != self.units.n_layers:
             raise ShapeError(
                 f"the model has {len(self.footprint.expert)} MoE layers, but the scores are of "

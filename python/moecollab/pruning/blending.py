@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -15,8 +15,7 @@ from moecollab.criteria.scores import Scores, load_scores
 from moecollab.errors import DataError, PlanError, SettingsError, ShapeError
 from moecollab.manifest import refuse_existing
 from moecollab.pruning.budgets import Budget
-from moecollab.pruning.plans import grouped
-from moecollab.pruning.units import make_units
+from moecollab.pruning.planning import decide
 
 How: TypeAlias = Literal["sum", "fair"]
 _ROUNDS = 200
@@ -67,7 +66,8 @@ def blend(
     DataError
         When a score is negative, so that there are no shares.
     PlanError
-        When scores hold for different `drop`, or for another than that given.
+        When scores hold for different `drop`, or for another than that given; or, for "fair", when
+        a plan with this `drop` would leave fewer experts than the router selects.
     """
     if how not in get_args(How):
         raise SettingsError("how", how, "'sum' or 'fair'")
@@ -80,8 +80,9 @@ def blend(
     if how == "fair":
         if weights is not None or drop is None:
             raise SettingsError("how", how, "given with drop and without weights")
-        fair = fairest(shares, _Cut(found[0], Budget(drop=drop).drop or 0.0))
-        settings |= _made_for(found, drop) | {"least_kept": fair.least, "bound": fair.bound}
+        budget = Budget(drop=drop)
+        fair = fairest(shares, _Cut(found[0], budget))
+        settings |= _made_for(found, budget.drop) | {"least_kept": fair.least, "bound": fair.bound}
         chosen = fair.weights
     else:
         settings |= _made_for(found, None)
@@ -128,15 +129,17 @@ class _Cut:
     """What a plan with one drop in each layer keeps of some scores."""
 
     scores: Scores
-    drop: float
+    budget: Budget
 
     def keeps(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which experts stay, (n_layers, n_experts)."""
-        none = np.zeros(values.shape, dtype=np.bool_)
-        n_groups, least = grouped(self.scores.groups, self.scores.top_k)
-        units = make_units(values, none, none, n_groups=n_groups, least=least)
-        n_gone = int(self.drop * units.n_units + 0.5)
-        return ~units.gone(np.full(len(values), n_gone, dtype=np.int64))
+        """Which experts stay, (n_layers, n_experts).
+
+        Raises
+        ------
+        PlanError
+            When layers would keep fewer experts than the router selects.
+        """
+        return ~decide(replace(self.scores, values=values), self.budget)
 
 
 def fairest(shares: NDArray[np.float64], cut: _Cut) -> Fair:

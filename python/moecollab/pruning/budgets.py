@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
 from moecollab.errors import SHARE, SettingsError
@@ -11,6 +13,15 @@ from moecollab.errors import SHARE, SettingsError
 Per: TypeAlias = Literal["layer", "model", "entropy", "similarity"]
 AMOUNTS = ("drop", "experts", "mass", "memory_gb")
 """Ways to say how much; a budget has one of them, or none where a drop-list says it."""
+
+_NUMBERS: dict[str, tuple[type[Any], Callable[[Any], bool], str]] = {
+    "drop": (Real, lambda share: 0 <= share < 1, SHARE),
+    "experts": (Integral, lambda n: n >= 1, "a whole number, 1 or more"),
+    "mass": (Real, lambda share: 0 < share <= 1, "a share in (0, 1], such as 0.9"),
+    "memory_gb": (Real, lambda size: 0 < size < math.inf, "above 0 and finite"),
+    "floor": (Integral, lambda n: n >= 0, "a whole number, 0 or more"),
+}
+"""Kind and range of each number, and both in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +53,23 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Checks ranges, and that the amount is said in one way."""
-        if self.drop is not None and not 0 <= self.drop < 1:
-            raise SettingsError("drop", self.drop, SHARE)
-        if self.experts is not None and self.experts < 1:
-            raise SettingsError("experts", self.experts, "1 or more")
-        if self.mass is not None and not 0 < self.mass <= 1:
-            raise SettingsError("mass", self.mass, "in (0, 1]")
-        if self.memory_gb is not None and not 0 < self.memory_gb < float("inf"):
-            raise SettingsError("memory_gb", self.memory_gb, "above 0 and finite")
+        for name in AMOUNTS:
+            if getattr(self, name) is not None:
+                self._read(name)
+        self._read("floor")
         if self.per not in get_args(Per):
             raise SettingsError("per", self.per, " or ".join(map(repr, get_args(Per))))
-        if self.floor < 0:
-            raise SettingsError("floor", self.floor, "0 or more")
         given = [name for name in AMOUNTS if getattr(self, name) is not None]
         if len(given) > 1:
             raise SettingsError("budget", given, f"one of {', '.join(AMOUNTS)}, not several")
+
+    def _read(self, name: str) -> None:
+        """Checks a number and makes it one of Python's, which JSON can hold."""
+        kind, inside, allowed = _NUMBERS[name]
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not inside(value):
+            raise SettingsError(name, value, allowed)
+        object.__setattr__(self, name, int(value) if kind is Integral else float(value))
 
     def check_scores_suffice(self, where: str) -> None:
         """Raises SettingsError if layers share by similarities, which nothing but plan takes."""

@@ -66,7 +66,7 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         such a plan protects these in another.
     memory_gb : float, optional
         Most gigabytes (10⁹ bytes) of tensors in the checkpoint that is left; needs `model`. Kept
-        are as many experts as fit.
+        are as many experts as fit, without those of the `drop_list`: they go even where all fit.
     per : {"layer", "model", "entropy", "similarity"}
         How layers share the budget. "layer": every layer drops equally many. "model": the lowest
         scores of the model go. "entropy": layers keep experts in proportion to exp(H), H the
@@ -111,8 +111,8 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
             f"how much goes is not said; give one of {', '.join(AMOUNTS)} (drop is {SHARE}), or "
             "drop_list"
         )
-    if drop is not None:
-        check_made_for(found, drop)
+    if budget.drop is not None:
+        check_made_for(found, budget.drop)
     protected = read_sites("keep", keep, found)
     known = _groups(found, groups)
     gone = decide(
@@ -123,7 +123,7 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         footprint=_footprint(model) if memory_gb is not None else None,
         similarity=_matrices(similarity),
     )
-    went = float(gone.mean()) if drop is None else drop
+    went = float(gone.mean()) if budget.drop is None else budget.drop
     check_made_for(found, went, 0.5 / found.n_experts)
     made = Plan(
         keep=kept_ids(gone, found.layers),
@@ -135,7 +135,7 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         protected=protected,
         scores=found.values,
         activations=found.activations,
-        budget=None if budget == Budget(drop=drop, per=per) and drop is not None else budget,
+        budget=None if drop is not None and budget == Budget(drop=drop, per=per) else budget,
         groups=known,
         sureness=_sureness(found, budget, ~gone) if not protected and not doomed else None,
     )
@@ -195,9 +195,10 @@ def _groups(scores: Scores, asked: int | None) -> RouterGroups | None:
         return scores.groups
     if scores.groups is not None:
         raise SettingsError("groups", asked, f"{scores.groups.count}, as was recorded, or left out")
-    if asked < 1 or scores.n_experts % asked:
+    if asked not in (n for n in range(1, scores.n_experts + 1) if scores.n_experts % n == 0):
         raise SettingsError("groups", asked, f"a divisor of the {scores.n_experts} experts")
-    return None if asked == 1 else RouterGroups(asked, -(-scores.top_k // asked))
+    count = int(asked)
+    return None if count == 1 else RouterGroups(count, -(-scores.top_k // count))
 
 
 def _units(

@@ -84,7 +84,8 @@ def _not_uniform(keep: Keep) -> PlanError:
     least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     return PlanError(
         f"layer {least} keeps {counts[least]} experts and layer {most} keeps {counts[most]}, but "
-        "a checkpoint has one number for all layers; mask the model instead, or pass equalise=True"
+        "a checkpoint has one number for all layers; pass equalise=True (--equalise), plan with "
+        "per='layer' and an amount other than mass, or mask the model instead"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -26,17 +27,16 @@ def read_sites(
     Raises
     ------
     SettingsError
-        When a layer or an expert is not in the model.
+        When a layer or an expert is not in the model, or what is given is not such a mapping.
     DataError
         When a file is not of such a mapping nor a plan.
     """
     found = {}
-    for layer, experts in sorted(_opened(name, given).items()):
-        ids = tuple(sorted({int(expert) for expert in experts}))
+    for layer, ids in _opened(name, given).items():
         if layer not in scores.layers:
-            raise SettingsError(name, layer, f"one of the MoE layers {scores.layers}")
+            raise SettingsError(name, {layer: ids}, f"of the MoE layers {scores.layers}")
         if ids and not 0 <= ids[0] <= ids[-1] < scores.n_experts:
-            raise SettingsError(name, ids, f"expert ids in [0, {scores.n_experts})")
+            raise SettingsError(name, {layer: ids}, f"of expert ids in [0, {scores.n_experts})")
         if ids:
             found[layer] = ids
     return found
@@ -47,18 +47,30 @@ def sorted_sites(name: Literal["keep", "drop_list"], given: Named) -> dict[int, 
 
     Raises
     ------
+    SettingsError
+        When what is given is not such a mapping.
     DataError
         When a file is not of such a mapping nor a plan.
     """
-    found = sorted(_opened(name, given).items())
-    return {int(layer): sorted({int(expert) for expert in experts}) for layer, experts in found}
+    return {layer: list(ids) for layer, ids in _opened(name, given).items()}
 
 
-def _opened(name: str, given: Named) -> Sites:
-    """The mapping itself, or that in a file."""
-    if not isinstance(given, str | PathLike):
-        return given or {}
-    found = read_json(Path(given))
+def _opened(name: str, given: Named) -> dict[int, tuple[int, ...]]:
+    """The mapping itself, or that in a file; layers and ids ascending."""
+    if isinstance(given, str | PathLike):
+        found = _read(name, Path(given))
+    else:
+        try:
+            found = with_number_keys(given or {})
+        except (TypeError, AttributeError, ValueError) as cause:
+            allowed = "a path, or lists of expert ids by layer, as {3: [0, 7]} is"
+            raise SettingsError(name, given, allowed) from cause
+    return {layer: tuple(sorted(set(ids))) for layer, ids in found.items()}
+
+
+def _read(name: str, path: Path) -> dict[int, tuple[int, ...]]:
+    """The mapping in a file."""
+    found = read_json(path)
     try:
         if found.get("kind") != "plan":
             return with_number_keys(found)
@@ -66,10 +78,10 @@ def _opened(name: str, given: Named) -> Sites:
         if name == "keep":
             return kept
         everyone = set(range(int(found["n_experts"])))
-        return {layer: sorted(everyone - set(ids)) for layer, ids in kept.items()}
+        return {layer: tuple(everyone - set(ids)) for layer, ids in kept.items()}
     except (LookupError, TypeError, AttributeError, ValueError) as cause:
         raise DataError(
-            f'{given} is neither a plan nor of experts by layer, as {{"3": [0, 7]}} is; write it so'
+            f'{path} is neither a plan nor of experts by layer, as {{"3": [0, 7]}} is; write it so'
         ) from cause
 
 
@@ -94,6 +106,9 @@ def with_text_keys(sites: Sites) -> dict[str, list[int]]:
 
 
 def with_number_keys(sites: Mapping[Any, Iterable[Any]]) -> dict[int, tuple[int, ...]]:
-    """Named experts of JSON, by layer; raises what int() raises."""
-    ids = {int(layer): tuple(int(expert) for expert in kept) for layer, kept in sites.items()}
+    """Named experts, by layer, text as in JSON or not; raises what int() and index() raise."""
+    ids = {
+        int(layer) if isinstance(layer, str) else index(layer): tuple(map(index, kept))
+        for layer, kept in sites.items()
+    }
     return dict(sorted(ids.items()))

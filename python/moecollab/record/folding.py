@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from moecollab.record.sums import add
 from moecollab.record.tallies import Tallies
 from moecollab.record.windows import Sample
 
@@ -50,13 +51,17 @@ def out_of_folds(cells: Tallies) -> tuple[Tallies, Tallies]:
 
 
 def _grouped(cells: Tallies, names: Sequence[str], order: Sequence[str]) -> Tallies:
-    """Sums over the cells of each name, in the order of the names."""
+    """Sums over the cells of each name, in the order of the names; of one cell each, its own."""
+    if list(names) == list(order):
+        return Tallies(tuple(order), cells.arrays)
     found = {
-        key: np.empty((len(order), *value.shape[1:]), value.dtype)
+        key: np.zeros((len(order), *value.shape[1:]), value.dtype)
         for key, value in cells.arrays.items()
     }
-    for row, name in enumerate(order):
-        own = [cell for cell, its in zip(cells.domains, names, strict=True) if its == name]
-        for key, value in cells.select(own).total().arrays.items():
-            found[key][row] = value
+    for cell, name in enumerate(names):
+        row = order.index(name)
+        add(
+            {key: value[row] for key, value in found.items()},
+            {key: value[cell] for key, value in cells.arrays.items()},
+        )
     return Tallies(tuple(order), found)

@@ -14,6 +14,7 @@ from torch import nn
 
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import manifest
+from moecollab.models.context import context_of
 from moecollab.models.groups import router_groups
 from moecollab.models.loading import ModelLike
 from moecollab.models.registry import layout_digest
@@ -157,8 +158,7 @@ class Run:
         wanted = "preferences" in settings.collect
         self.n_next = n_preferences(self.n_experts, self.top_k) if wanted else 0
         self.config = text_config(self.model)
-        longest = getattr(self.config, "max_position_embeddings", None) or settings.context
-        self.context = min(settings.context, int(longest))
+        self.context = context_of(self.config, settings.context)
 
     def tokenize(self, text: str) -> NDArray[np.uint32]:
         """Token ids of a text, with the special tokens that the model expects."""

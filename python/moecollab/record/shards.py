@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from glob import escape
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from filelock import FileLock, Timeout
@@ -82,12 +81,7 @@ class ShardStore:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._lock.release()
 
     @cached_property
