@@ -21,6 +21,7 @@ from moecollab.reporting.figures.costs import cost_dots, cost_map
 from moecollab.reporting.figures.experts import score_strip, use_map
 from moecollab.reporting.figures.patterns import objective_curve, pattern_map
 from moecollab.reporting.figures.style import as_html, plotly_script
+from moecollab.reporting.figures.sureness import agreement_map, sureness_map
 from moecollab.reporting.findings import cost_findings, pattern_finding, use_finding
 from moecollab.reporting.history import fit_history
 from moecollab.reporting.levels import LevelView, level_views
@@ -33,6 +34,7 @@ from moecollab.reporting.material import (
 )
 from moecollab.reporting.numbers import Ledger
 from moecollab.reporting.pattern_cards import membership
+from moecollab.reporting.sureness import Agreement, Sureness, agreement_of, sureness_of
 from moecollab.reporting.templating import script_json, template
 
 MOST_DOMAINS = 24
@@ -52,6 +54,8 @@ class View:
     drops: Drops | None
     costs: Costs | None
     token_shares: dict[str, float]
+    sureness: tuple[Sureness, ...] = ()
+    agreement: Agreement | None = None
     shown: tuple[str, ...] = ()
     findings: tuple[Markup, ...] = ()
     figures: dict[str, Markup] = field(default_factory=dict)
@@ -144,6 +148,8 @@ def _view(material: Material, title: str | None, ledger: Ledger) -> View:
         drops=None if plan is None else drops_of(plan, material.scores, use, member),
         costs=costs_of(material.evaluations),
         token_shares=shares,
+        sureness=sureness_of(material.scores, plan),
+        agreement=agreement_of(material.scores, plan),
         shown=shown_domains(tuple(shares), shares, MOST_DOMAINS),
     )
     view.figures.update(_figures(view))
@@ -182,6 +188,10 @@ def _figures(view: View) -> dict[str, Markup]:
             drawn[f"patterns-{level.level}"] = pattern_map(level.by_domain(view.shown))
     if view.drops is not None:
         drawn["scores"] = score_strip(view.drops)
+    if view.sureness:
+        drawn["sureness"] = sureness_map(view.sureness[0])
+    if view.agreement is not None:
+        drawn["agreement"] = agreement_map(view.agreement)
     if view.costs is not None and view.costs.overall:
         drawn["cost"] = cost_dots(view.costs)
         if view.costs.by_domain:

@@ -86,11 +86,13 @@ def _commands(material: Material) -> Iterator[str]:
         name = shlex.quote(plan.criterion)
         needs = " --collaboration run/collaboration" if plan.criterion == "caep" else ""
         drop = f"{plan.drop:g}"
-        yield (
-            f"score run/activations --criterion {name}{needs} --drop {drop} "
-            "--out run/scores.parquet"
-        )
         asked = {"drop": plan.drop} if plan.budget is None else plan.budget.as_json()
+        if plan.sureness is None:
+            made = f"score run/activations --criterion {name}{needs} --drop {drop}"
+        else:
+            budget = _options(asked, ("drop", "experts", "mass", "floor"))
+            made = f"uncertainty run/activations --criterion {name}{needs}{budget} --per {plan.per}"
+        yield f"{made} --out run/scores.parquet"
         named = _options(asked, ("drop", "experts", "mass", "memory_gb", "floor"))
         model_named = f" --model {model}" if "memory_gb" in asked else ""
         yield f"plan run/scores.parquet{named} --per {plan.per}{model_named} --out run/plan.json"
