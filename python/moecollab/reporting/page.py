@@ -169,12 +169,18 @@ def _title(material: Material) -> str:
 def _with_findings(view: View, ledger: Ledger) -> View:
     found: list[Markup] = []
     if view.costs is not None:
-        found += cost_findings(view.costs, view.material.evaluations, ledger)
+        found += cost_findings(view.costs, view.material.evaluations, ledger, _chosen(view))
     if view.levels:
         found.append(pattern_finding(view.levels[0], ledger))
     if view.use is not None:
         found.append(use_finding(view.use, view.drops, ledger))
     return replace(view, findings=tuple(found))
+
+
+def _chosen(view: View) -> str | None:
+    """Criterion of the plan that the page is about."""
+    plan = view.material.plan
+    return None if plan is None else plan.criterion
 
 
 def _figures(view: View) -> dict[str, Markup]:
@@ -193,7 +199,7 @@ def _figures(view: View) -> dict[str, Markup]:
     if view.agreement is not None:
         drawn["agreement"] = agreement_map(view.agreement)
     if view.costs is not None and view.costs.overall:
-        drawn["cost"] = cost_dots(view.costs)
+        drawn["cost"] = cost_dots(view.costs, _chosen(view))
         if view.costs.by_domain:
             drawn["cost-by-domain"] = cost_map(view.costs)
     rounds = None if collab is None else fit_history(collab.history, collab.settings)
