@@ -1,5 +1,6 @@
 """A small run on disk, by the package's own writers, with names that try to break a page."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from moecollab.criteria.scoring import score
 from moecollab.evaluation.evaluation import Evaluation
 from moecollab.manifest import MANIFEST, manifest, write_json
 from moecollab.pruning.planning import plan
+from moecollab.pruning.resampling import uncertainty
 from moecollab.record import schema
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.tallies import Tallies
@@ -17,6 +19,8 @@ LAYERS, N_EXPERTS, TOP_K = (1, 2, 5), 12, 2
 DOMAINS = ('<b>law</b> & "order"', "maths", "stories")
 WORDS = (" the", " court", " sum", "<script>alert(1)</script>", " king", "\n", " x&y", " of")
 N_SAMPLES, LENGTH = 24, 40
+SURE = ("caep-25", "gate_sum-25")
+"""Plans whose scores were resampled."""
 CRITERIA = ("frequency", "gate_sum", "random")
 
 
@@ -137,13 +141,9 @@ def write_run(folder: Path) -> Path:
     for criterion in ("caep", *CRITERIA):
         for drop in (0.25, 0.5):
             name = f"{criterion}-{round(100 * drop)}"
-            scores = score(
-                criterion,
-                acts,
-                collaboration=collab if criterion == "caep" else None,
-                drop=drop,
-                out=folder / "scores" / f"{name}.parquet",
-            )
+            settings = {"collaboration": collab if criterion == "caep" else None, "drop": drop}
+            made = partial(uncertainty, resamples=25) if name in SURE else score
+            scores = made(criterion, acts, **settings, out=folder / "scores" / f"{name}.parquet")
             plans[name] = plan(scores, drop=drop, out=folder / "plans" / f"{name}.json")
     plans["caep-25"].save(folder / "plan.json")
     write_evaluations(folder / "evaluations", plans)

@@ -1,5 +1,6 @@
 """The report: its numbers are those of the files, its text is escaped, missing parts are said."""
 
+import base64
 import json
 import re
 from dataclasses import replace
@@ -14,6 +15,7 @@ from moecollab.errors import DataError, MissingInputError, OutputExistsError, St
 from moecollab.evaluation.differences import differences
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
 from moecollab.pruning.plans import load_plan
+from moecollab.pruning.rankings import agreement
 from moecollab.reporting import numbers
 from moecollab.reporting.costs import costs_of
 from moecollab.reporting.expert_use import ExpertUse
@@ -22,7 +24,19 @@ from moecollab.reporting.history import fit_history
 from moecollab.reporting.numbers import Ledger
 from moecollab.reporting.page import report
 from moecollab.reporting.pattern_cards import best_window
-from report_run import CRITERIA, DOMAINS, LAYERS, N_EXPERTS, TOP_K, write_activations, write_run
+from report_run import (
+    CRITERIA,
+    DOMAINS,
+    LAYERS,
+    N_EXPERTS,
+    SURE,
+    TOP_K,
+    write_activations,
+    write_run,
+)
+
+UNSHOWN = ("n_sites", "resamples")
+"""What the page says of the first resampled scores alone."""
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +168,30 @@ def expected_patterns(run):
     return found
 
 
+def expected_sureness(run):
+    """What it should say of draws, from the scores' files."""
+    plan = json.loads((run / "plan.json").read_text())
+    found = {"plan.sureness": plan["sureness"], "agreement.drop": 0.25}
+    found["agreement.chance"] = 0.75 / 1.25
+    for place, name in enumerate(SURE):
+        file = run / "scores" / f"{name}.parquet"
+        kept = pl.read_parquet(file)["kept_probability"].to_numpy()
+        about = json.loads(pl.read_parquet_metadata(file)["moecollab"])["spread"]
+        key = f"sure.{name[:-3]}" + (f".{place + 1}" if place else "")
+        stay, go = (kept >= 0.95).sum(), (kept <= 0.05).sum()
+        found |= {f"{key}.staying": stay, f"{key}.going": go, f"{key}.open": kept.size - stay - go}
+        found |= {f"{key}.stability": about["stability"], f"{key}.n_sites": kept.size}
+        found[f"{key}.resamples"] = about["settings"]["resamples"]
+    return found
+
+
 def test_every_number_equals_the_files_beside_the_page(run, html):
     page = Numbers(html)
     block = json.loads(page.block)
     use, overall = expected_use(run)
     expected = use | expected_drops(run, overall) | expected_costs(run) | expected_patterns(run)
+    expected |= expected_sureness(run)
+    assert set(expected_sureness(run)) - set(block) == {f"sure.gate_sum.2.{x}" for x in UNSHOWN}
     by_other_tests = re.compile(r".*\.(low|high|top_lift)|patterns\.\d\.\d+\.domain\..*")
     unknown = {key for key in block if key not in expected and not by_other_tests.fullmatch(key)}
     assert unknown == set()
@@ -177,6 +210,66 @@ def test_printed_text_is_the_number_rounded(html):
         slack = 0.5 * 10.0 ** -len(digits.partition(".")[2]) / (100 if "%" in text else 1)
         if "<" not in text:
             assert abs(shown - value) <= slack * 1.01 + 1e-12, (key, value, text)
+
+
+def figure_of(html, name):
+    """Data and layout of a figure of the page."""
+    start = html.index("Plotly.newPlot(", html.index(f'id="fig-{name}"'))
+    text = html[html.index("[", start) :]
+    data, end = json.JSONDecoder().raw_decode(text)
+    layout, _ = json.JSONDecoder().raw_decode(text[text.index("{", end) :])
+    return data, layout
+
+
+def numbers_of(array):
+    """An array as plotly writes it."""
+    if not isinstance(array, dict):
+        return np.array(array)
+    flat = np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
+    return flat.reshape([int(size) for size in array.get("shape", f"{len(flat)}").split(",")])
+
+
+def test_the_map_of_sureness_is_that_of_the_file(run, html):
+    table = pl.read_parquet(run / "scores" / "caep-25.parquet")
+    (trace,), layout = figure_of(html, "sureness")
+    shown, cells = numbers_of(trace["z"]), numbers_of(trace["customdata"])
+    assert (np.diff(shown, axis=1) <= 0).all()
+    for row, layer in enumerate(LAYERS):
+        of_layer = table.filter(pl.col("layer") == layer).sort("expert")
+        ids = cells[row, :, 0].astype(int)
+        assert sorted(ids) == list(range(N_EXPERTS))
+        assert np.allclose(shown[row], 100 * of_layer["kept_probability"].to_numpy()[ids])
+        assert np.allclose(cells[row, :, 1], of_layer["score"].to_numpy()[ids])
+        assert np.allclose(cells[row, :, 2], of_layer["low"].to_numpy()[ids])
+    kept = [len(ids) for ids in load_plan(run / "plan.json").keep.values()]
+    corners = re.findall(r"([\d.]+),(-?[\d.]+)", layout["shapes"][0]["path"])
+    assert [float(edge) for edge, _ in corners[::2]] == [count + 0.5 for count in kept]
+    assert [float(row) for _, row in corners] == [-0.5, 0.5, 0.5, 1.5, 1.5, 2.5]
+
+
+def test_the_map_of_agreement_is_that_of_the_scores(run, html):
+    (trace,), _ = figure_of(html, "agreement")
+    found = numbers_of(trace["z"])
+    names = ["caep", "frequency", "gate_sum", "random"]
+    wanted = agreement([run / "scores" / f"{name}-25.parquet" for name in names], drop=0.25)
+    for row in wanted.iter_rows(named=True):
+        at = tuple(names.index(row[one].removesuffix("-25")) for one in ("first", "second"))
+        assert found[at] == found[at[::-1]] == pytest.approx(100 * row["jaccard"])
+
+
+def test_the_commands_resample_again(html):
+    """The plan knows how sure it is, so its scores were resampled."""
+    command = "uncertainty run/activations --criterion caep --collaboration run/collaboration"
+    assert f"moecollab {command} --drop 0.25 --per layer --out run/scores.parquet" in html
+
+
+def test_scores_without_a_spread_or_company_have_no_such_figures(run, tmp_path):
+    lone = run / "scores" / "random-25.parquet"
+    text = report(tmp_path / "a.html", scores=lone, plan=run / "plan.json").read_text()
+    assert "fig-sureness" not in text
+    assert "fig-agreement" not in text
+    text = report(tmp_path / "b.html", scores=run / "scores" / "caep-25.parquet").read_text()
+    assert "fig-sureness" in text
 
 
 def test_intervals_are_those_of_differences(run, html):
@@ -306,21 +399,28 @@ def losses(values, domain="a"):
     return pl.DataFrame(table)
 
 
-def found_sentences(named):
+def found_sentences(named, chosen="caep"):
     found = {name: evaluation(name, losses(values), {"seed": 0}) for name, values in named.items()}
     costs = costs_of(found)
-    return [str(one) for one in cost_findings(costs, found, Ledger())]
+    return [str(one) for one in cost_findings(costs, found, Ledger(), chosen)]
 
 
-def test_findings_say_when_caep_is_not_the_best():
+def test_findings_say_when_the_chosen_criterion_is_not_the_best():
     (said,) = found_sentences(
         {"full": [1, 2], "caep-25": [1.3, 2.3], "reap-25": [1.1, 2.1], "random-25": [1.5, 2.5]}
     )
+    assert "experts that CAEP ranks lowest" in said
     assert "CAEP is not the best here: REAP costs" in said
     assert ">0.300</data></b> nats per token" in said
 
 
-def test_findings_say_when_caep_is_the_best_and_when_it_may_be_chance():
+def test_findings_speak_of_the_best_when_nothing_was_chosen():
+    named = {"full": [1, 2], "caep-25": [1.3, 2.3], "reap-25": [1.1, 2.1]}
+    (said,) = found_sentences(named, chosen=None)
+    assert "at best (REAP)" in said
+
+
+def test_findings_say_when_the_chosen_criterion_is_the_best_and_when_it_may_be_chance():
     (said,) = found_sentences(
         {"full": [1, 2], "caep-50": [1.1, 2.1], "reap-50": [1.2, 2.2], "random-50": [1.0, 2.3]}
     )

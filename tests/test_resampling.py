@@ -13,10 +13,11 @@ import moecollab as mc
 import real_routing
 from criteria.synthetic import Recorded, make_recorded
 from moecollab import criteria
-from moecollab.criteria.base import SUMMED, Needs
+from moecollab.criteria.base import Needs
 from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
 from moecollab.errors import DataError, MissingInputError, PlanError, SettingsError, ShapeError
+from moecollab.patterns.dictionary import HSDL
 from moecollab.pruning.planning import plan
 from moecollab.pruning.plans import load_plan
 from moecollab.pruning.rankings import agreement
@@ -294,9 +295,12 @@ def test_file_round_trip(acts, tmp_path):
 @pytest.mark.parametrize(
     ("criterion", "asked", "error", "message"),
     [
-        ("caep", {"drop": 0.5}, SettingsError, "one that reads sums over tokens alone"),
-        ("aimer", {"drop": 0.5}, SettingsError, "one that reads sums over tokens alone"),
-        ("reap", {}, SettingsError, "given: drop, experts or mass"),
+        ("caep", {"drop": 0.5}, MissingInputError, "needs collaboration.* pass collaboration="),
+        ("caep", {"experts": 5}, SettingsError, "drop for caep, which ranks for one share"),
+        ("aimer", {"drop": 0.5}, SettingsError, "reads parameters; other documents change nothing"),
+        ("delta_nll", {"drop": 0.5}, SettingsError, "answers .*, and this runs the model; to see"),
+        ("ranked_choice", {"drop": 0.5}, MissingInputError, "collect='preferences'"),
+        ("reap", {}, MissingInputError, "is not said; give drop .* experts or mass"),
         ("reap", {"drop": 0.5, "folds": 1}, SettingsError, "folds is 1"),
         ("reap", {"drop": 0.5, "resamples": 1}, SettingsError, "resamples is 1"),
         ("reap", {"drop": 0.5, "confidence": 1.0}, SettingsError, "confidence is 1.0"),
@@ -405,17 +409,26 @@ def test_recordings_with_and_without_folds_are_resampled_together(model_folder, 
     assert (found.counts == 2 * score("frequency", acts[0]).counts).all()
 
 
-SUMMABLE = [
+ANSWERED = [
     name
     for name in criteria.names()
-    if not criteria.get(name).needs & ~SUMMED and Needs.WEIGHTS not in criteria.get(name).needs
+    if not criteria.get(name).needs & (Needs.WEIGHTS | Needs.MODEL)
 ]
 
 
-@pytest.mark.parametrize("criterion", sorted(set(SUMMABLE) - {"easy_ep_mixed"}))
-def test_every_criterion_of_sums_can_be_resampled(criterion, model_folder, texts, tmp_path):
-    collect = "shift,channels,probability,pairs,vocabulary"
-    acts = extract(model_folder, texts, out=tmp_path / "acts", collect=collect, folds=4)
-    found = uncertainty(criterion, acts, drop=0.5, resamples=10)
+@pytest.fixture(scope="module")
+def recorded_whole(model_folder, texts, tmp_path_factory):
+    """A recording of all there is, in folds, and patterns."""
+    collect = "shift,channels,probability,pairs,vocabulary,preferences"
+    out = tmp_path_factory.mktemp("whole") / "acts"
+    acts = extract(model_folder, texts, out=out, collect=collect, folds=4)
+    return acts, HSDL(atoms=(6, 4), seed=0, threads=1).fit(acts)
+
+
+@pytest.mark.parametrize("criterion", ANSWERED)
+def test_every_criterion_that_a_recording_answers_can_be_resampled(criterion, recorded_whole):
+    acts, patterns = recorded_whole
+    found = uncertainty(criterion, acts, collaboration=patterns, drop=0.5, resamples=10)
     assert np.isfinite(found.spread.standard_error).all()
+    assert (found.spread.standard_error > 0).any()
     assert found.spread.kept_probability.sum() == pytest.approx(found.n_sites / 2)

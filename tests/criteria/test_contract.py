@@ -160,6 +160,8 @@ def test_text_read_twice(name, scored, recorded, tmp_path):
     np.testing.assert_allclose(scored(name, twice).values, factor * scored(name).values, rtol=1e-9)
 
 
+RECORDED = Needs.ROUTING | Needs.ROUTING_WEIGHTS | Needs.TOKENS | Needs.DOMAINS
+"""What every recording holds."""
 MESSAGES = {
     Needs.OUTPUT_NORMS: "output norms.* extract again with norms=True",
     Needs.SHIFT: "shift.* extract again with collect='shift' .--collect shift.",
@@ -179,14 +181,13 @@ def test_missing_needs_raise_before_any_work(name, bare_acts, monkeypatch):
         raise AssertionError("read the tallies before checking needs")
 
     monkeypatch.setattr(type(bare_acts), "tallies", worked)
-    for need in criteria.get(name).needs & ~(Needs.ROUTING | Needs.ROUTING_WEIGHTS | Needs.TOKENS):
+    for need in criteria.get(name).needs & ~RECORDED:
         with pytest.raises(MissingInputError, match=rf"needs .*{MESSAGES[need]}"):
             score(name, bare_acts)
 
 
 def test_every_need_that_can_be_missing_is_tested():
-    held = Needs.ROUTING | Needs.ROUTING_WEIGHTS | Needs.TOKENS
-    assert set(MESSAGES) == {need for need in Needs if need not in held}
+    assert set(MESSAGES) == {need for need in Needs if need not in RECORDED}
 
 
 def test_criterion_survives_pickle(name):

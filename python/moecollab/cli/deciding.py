@@ -18,6 +18,7 @@ from moecollab.cli.options import (
     PerScores,
     Seed,
     decimals,
+    model_path,
     say,
 )
 
@@ -49,7 +50,10 @@ def plan(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Option(help="JSON of experts that go, {layer: [ids]}, or a plan")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the whole model, for --memory-gb")
+        str | None,
+        typer.Option(
+            help="Folder or hub name of the whole model, for --memory-gb", callback=model_path
+        ),
     ] = None,
     similarity: Annotated[
         Path | None, typer.Option(help=".npy of (layers, experts, experts), for --per similarity")
@@ -107,6 +111,10 @@ def uncertainty(  # noqa: PLR0913 (one parameter per option)
         list[Path], typer.Argument(help="Folders made by extract: one, or one per seed")
     ],
     out: Out,
+    collaboration: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder made by fit; again for each recording, or for fits of one"),
+    ] = None,
     drop: Drop = None,
     experts: Experts = None,
     mass: Mass = None,
@@ -120,13 +128,16 @@ def uncertainty(  # noqa: PLR0913 (one parameter per option)
 ) -> None:
     """Scores every expert and says how sure scores and a plan are, by resampling documents.
 
-    Example: moecollab uncertainty run/activations --criterion reap --drop 0.5
-    --out run/scores/reap.parquet
+    For criteria that a recording and patterns answer; the model does not run.
+
+    Example: moecollab uncertainty run/activations --criterion caep --collaboration
+    run/collaboration --drop 0.5 --out run/scores/caep.parquet
     """
     with progress.show():
         found = mc.uncertainty(
             criterion,
             activations,
+            collaboration=collaboration or None,
             drop=drop,
             experts=experts,
             mass=mass,

@@ -53,6 +53,8 @@ class Needs(Flag):
     """Parameters of the experts and routers; no text."""
     MODEL = auto()
     """A model that runs, and text to run it on."""
+    DOMAINS = auto()
+    """Sums by domain beside those of all text; every recording has them."""
 
 
 _GROUP = {
@@ -80,7 +82,9 @@ KINDS: dict[str, Needs] = {
 """Kinds of criteria, and the needs by which the first that fits is told."""
 
 
-SUMMED = (Needs.ROUTING_WEIGHTS | _OUTPUTS | _ROUTING | Needs.WEIGHTS) & ~Needs.PREFERENCES
+SUMMED = (
+    Needs.ROUTING_WEIGHTS | _OUTPUTS | _ROUTING | Needs.DOMAINS | Needs.WEIGHTS
+) & ~Needs.PREFERENCES
 """Needs that sums of any tokens answer, or parameters; criteria of others read the recording."""
 
 
@@ -122,6 +126,7 @@ _PROVIDED_BY = {
     Needs.COLLABORATION: "fit one on these activations and pass collaboration= (--collaboration)",
     Needs.WEIGHTS: "pass the model: model= (--model)",
     Needs.MODEL: "pass the model and text: model=, corpus= (--model, --corpus)",
+    Needs.DOMAINS: "pass activations that were recorded or imported",
 }
 
 
@@ -137,7 +142,8 @@ class Evidence:
     top_k : int
         Experts that the router selects per token.
     by_domain : Tallies, optional
-        The same by domain, which leads the axes: (n_domains, n_layers, n_experts, …).
+        The same by domain, which leads the axes: (n_domains, n_layers, n_experts, …). Ask for it by
+        `Needs.DOMAINS`; resampled evidence holds it for those alone that do.
     activations : Activations, optional
         The recording itself, for criteria that read single tokens or samples.
     collaboration : Collaboration, optional

@@ -112,7 +112,7 @@ def easy_ep_mixed(evidence: Evidence, /) -> NDArray[np.float64]:
 
     Formula: s(l, e) = Σ_d s_d(l, e) / Σ_e' s_d(l, e') / n_domains, s_d the score ``easy_ep`` of
         domain d
-    Needs: routing, shift
+    Needs: routing, shift, domains
     Direction: higher is kept
     Cost: reads the tallies, O(n_domains n_layers n_experts)
     Source: EASY-EP for mixed domains, Dong et al. 2025 (arXiv:2504.06792). With one domain ranks a
@@ -121,8 +121,8 @@ def easy_ep_mixed(evidence: Evidence, /) -> NDArray[np.float64]:
     """
     if evidence.by_domain is None:
         raise MissingInputError(
-            "easy_ep_mixed needs sums by domain, which resampled sums are not; use easy_ep, or "
-            "score a recording"
+            "easy_ep_mixed needs sums by domain, which this evidence lacks; use easy_ep, or score "
+            "a recording"
         )
     shift = evidence.by_domain["sum_shift"]
     total = shift.sum(axis=-1, keepdims=True)
@@ -142,5 +142,5 @@ CRITERIA = (
     Criterion("msan", _NORMS, msan),
     Criterion("max_activation", _NORMS, max_activation),
     Criterion("easy_ep", _SHIFT, easy_ep),
-    Criterion("easy_ep_mixed", _SHIFT, easy_ep_mixed),
+    Criterion("easy_ep_mixed", _SHIFT | Needs.DOMAINS, easy_ep_mixed),
 )

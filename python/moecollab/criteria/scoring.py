@@ -15,7 +15,7 @@ from moecollab import criteria
 from moecollab.criteria.base import SUMMED, Criterion, Evidence, Needs, check_needs, needs_of
 from moecollab.criteria.probe import Shape, Text, check_same, read_probe
 from moecollab.criteria.scores import Scores
-from moecollab.errors import MissingInputError, SettingsError, ShapeError, StaleInputError
+from moecollab.errors import SHARE, MissingInputError, SettingsError, ShapeError, StaleInputError
 from moecollab.manifest import refuse_existing
 from moecollab.record.activations import Activations
 from moecollab.record.counts import RoutingCounts, open_recorded
@@ -89,7 +89,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         refuse_existing(Path(out), overwrite=overwrite)
     acts = None if activations is None else open_recorded(activations)
     given = _given(model, corpus, patterns=collaboration is not None)
-    check_needs(chosen, given | _recorded(acts))
+    check_needs(chosen, given | answers(acts))
     weights = _weights(model) if acts is None or Needs.WEIGHTS in chosen.needs else None
     shape = _shape(acts, weights)
     chosen_domains = _domains(chosen, acts, domains)
@@ -99,7 +99,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         by_domain=by_domain,
         top_k=shape.top_k,
         activations=acts if isinstance(acts, Activations) else None,
-        collaboration=_patterns(chosen, acts, collaboration),
+        collaboration=fitted_on(chosen, acts, collaboration),
         weights=weights,
         drop=drop,
         seed=seed,
@@ -124,7 +124,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
 
 def _check_settings(drop: float, seed: int, tokens: int | None) -> None:
     if not 0 <= drop < 1:
-        raise SettingsError("drop", drop, "in [0, 1)")
+        raise SettingsError("drop", drop, SHARE)
     if seed < 0:
         raise SettingsError("seed", seed, "at least 0")
     if tokens is not None and tokens < 1:
@@ -139,11 +139,11 @@ def _given(model: ModelLike | None, corpus: Text | None, *, patterns: bool) -> N
     return found | (Needs.WEIGHTS if corpus is None else Needs.WEIGHTS | Needs.MODEL)
 
 
-def _recorded(acts: Activations | RoutingCounts | None) -> Needs:
-    """What these activations can answer."""
+def answers(acts: Activations | RoutingCounts | None) -> Needs:
+    """What criteria need that these activations can answer."""
     if acts is None:
         return Needs.NOTHING
-    found = needs_of(acts.groups)
+    found = needs_of(acts.groups) | Needs.DOMAINS
     if isinstance(acts, Activations):
         found |= Needs.TOKENS
     return found | Needs.ROUTING_WEIGHTS if acts.has_weights else found
@@ -252,7 +252,7 @@ def _settings(
     return found
 
 
-def _patterns(
+def fitted_on(
     criterion: Criterion,
     acts: Activations | RoutingCounts | None,
     given: Collaboration | str | PathLike[str] | None,

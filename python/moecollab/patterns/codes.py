@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,13 @@ class Codes:
         atom = place[self.atom]
         order = np.lexsort((atom, self.row))
         return Codes(self.indptr, atom[order], self.value[order])
+
+    def take(self, rows: NDArray[np.integer[Any]]) -> Codes:
+        """Codes of some of the rows, in the order given."""
+        start, length = self.indptr[rows], np.diff(self.indptr)[rows]
+        indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(length)])
+        place = np.repeat(start - indptr[:-1], length) + np.arange(indptr[-1])
+        return Codes(indptr, self.atom[place], self.value[place])
 
     def scaled(self, factor: NDArray[np.float64]) -> Codes:
         """Codes of atom `i` times ``factor[i]``."""

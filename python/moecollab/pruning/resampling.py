@@ -7,34 +7,32 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moecollab import criteria
-from moecollab.criteria.base import SUMMED, Criterion, Evidence, Needs, groups_of
+from moecollab.criteria.base import Criterion, Evidence, Needs
 from moecollab.criteria.scores import Scores
 from moecollab.criteria.scoring import score
 from moecollab.criteria.spread import Spread
-from moecollab.errors import DataError, MissingInputError, SettingsError, ShapeError
+from moecollab.errors import SHARE, MissingInputError, SettingsError, ShapeError
 from moecollab.manifest import refuse_existing
+from moecollab.patterns.collaboration import Collaboration
 from moecollab.progress import track
 from moecollab.pruning.budgets import Budget, Per
+from moecollab.pruning.draws import READ, Source, drawn_evidence, sources_of
+from moecollab.pruning.pairs import Patterns, Recorded, open_pairs
 from moecollab.pruning.planning import decide
-from moecollab.record.activations import Activations, load_activations
-from moecollab.record.folding import folds_of
-from moecollab.record.folds import SINGLE, tallies_by
-from moecollab.record.sums import SUMS, names_of
+from moecollab.record.activations import Activations
 from moecollab.record.tallies import Tallies
-
-Recorded: TypeAlias = "Activations | str | PathLike[str]"
 
 
 def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     criterion: str,
     activations: Recorded | Sequence[Recorded],
     *,
+    collaboration: Patterns | Sequence[Patterns] | None = None,
     drop: float | None = None,
     experts: int | None = None,
     mass: float | None = None,
@@ -50,17 +48,25 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     """Scores with what they and a plan would be on other documents like these.
 
     Documents are put into folds at random, alike in number; folds are drawn with replacement, and
-    the criterion and the plan are made again from the sums over those drawn (Efron 1979, by groups
-    of documents). Sums of parts add up, so the model does not run again. With several recordings,
-    of other seeds or texts, recordings are drawn first and then the folds of each, so that what
-    differs between them counts too.
+    the criterion and the plan are made again of those drawn (Efron 1979, by groups of documents).
+    The model does not run again. Criteria of sums read the sums over the folds drawn; those of
+    single tokens read the tokens of their documents, a document that was drawn twice being there
+    twice; those of patterns read patterns as those documents use them, the dictionary as fitted.
+
+    With several recordings, of other seeds or texts, recordings are drawn first and then the folds
+    of each, so that what differs between them counts too. Sums are added up over recordings; scores
+    by tokens or patterns are means over recordings, or over fits of one recording.
 
     Parameters
     ----------
     criterion : str
-        Name of a criterion that reads sums over tokens.
+        Name of a criterion that recordings answer, and patterns fitted on them; not one that reads
+        parameters or runs the model.
     activations : Activations or path, or a sequence of them
         Recordings of one model with single tokens.
+    collaboration : Collaboration or path, or a sequence of them, optional
+        Patterns, for criteria that need them: one fit of each recording in the same order, or
+        several of one recording, such as of other seeds, which are drawn then.
     drop, experts, mass, per, floor
         The budget of the plan, as :func:`moecollab.plan` takes it.
     folds : int
@@ -85,41 +91,52 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     Raises
     ------
     SettingsError
-        When the criterion reads more than sums.
+        When the criterion reads parameters or runs the model, or patterns and recordings do not
+        pair.
     MissingInputError
-        When sums that it reads are neither in the tables of single tokens nor recorded by fold.
+        When what it reads was not recorded, or its sums were not by fold and single tokens do not
+        hold them.
+    DataError
+        When a recording has one document.
     """
     chosen = criteria.get(criterion)
-    if chosen.needs & ~SUMMED or Needs.WEIGHTS in chosen.needs:
-        raise SettingsError("criterion", criterion, "one that reads sums over tokens alone")
     _check_settings(folds, resamples, confidence)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     budget = Budget(drop=drop, experts=experts, mass=mass, per=per, floor=floor)
-    if not budget.amount:
-        raise SettingsError("budget", None, "given: drop, experts or mass")
-    budget.check_scores_suffice("for resampled plans")
-    opened = _opened(activations)
-    whole = _whole(criterion, opened, budget, seed)
-    resampler = Resampler(chosen, whole, budget, _folded(chosen, opened, folds, seed))
-    values, kept = resampler.run(resamples, seed)
-    n_folds = [len(part.domains) for part in resampler.parts]
+    _check_criterion(chosen, budget)
+    recordings, patterns = open_pairs(chosen, activations, collaboration)
+    whole = _whole(chosen, recordings, patterns, budget, seed)
+    sources = sources_of(chosen, recordings, patterns, folds, seed)
+    values, kept = Resampler(chosen, whole, budget, sources).run(resamples, seed)
+    n_folds = [source.n_folds for source in sources]
     settings = {"resamples": resamples, "folds": n_folds, "seed": seed, "confidence": confidence}
+    spread = _spread(values, kept, confidence, budget, settings | {"recordings": len(sources)})
+    made = replace(whole, spread=spread)
+    if out is not None:
+        made.save(out, overwrite=overwrite)
+    return made
+
+
+def _spread(
+    values: NDArray[np.float64],
+    kept: NDArray[np.bool_],
+    confidence: float,
+    budget: Budget,
+    settings: dict[str, object],
+) -> Spread:
+    """What draws say: (resamples, n_layers, n_experts) both arrays."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail], axis=0)
-    spread = Spread(
+    return Spread(
         standard_error=values.std(axis=0, ddof=1),
         low=low,
         high=high,
         kept_probability=kept.mean(axis=0),
         stability=float(np.mean(jaccard(kept[:-1:2], kept[1::2]))),
         budget=budget.as_json(),
-        settings=settings | {"recordings": len(opened)},
+        settings=settings,
     )
-    made = replace(whole, spread=spread)
-    if out is not None:
-        made.save(out, overwrite=overwrite)
-    return made
 
 
 def jaccard(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -140,7 +157,7 @@ def jaccard(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> NDArray[np.f
 
 @dataclass(frozen=True)
 class Resampler:
-    """A criterion and a budget on sums that are drawn fold by fold.
+    """A criterion and a budget on documents that are drawn fold by fold.
 
     Parameters
     ----------
@@ -150,14 +167,14 @@ class Resampler:
         Scores of all folds together.
     budget : Budget
         What stays.
-    parts : list of Tallies
-        Sums by fold of each recording.
+    sources : list of Source
+        The recordings in folds.
     """
 
     criterion: Criterion
     whole: Scores
     budget: Budget
-    parts: list[Tallies]
+    sources: list[Source]
 
     def run(self, resamples: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Scores and kept experts of each draw, (resamples, n_layers, n_experts) both."""
@@ -166,108 +183,83 @@ class Resampler:
         kept = np.empty(values.shape, dtype=np.bool_)
         with track("resample", resamples) as bar:
             for number in range(resamples):
-                drawn = self._drawn(rng)
-                evidence = Evidence(
-                    tallies=drawn,
-                    top_k=self.whole.top_k,
-                    drop=self.budget.drop or Evidence.drop,
-                    seed=seed + 1 + number,
-                )
-                values[number] = self.criterion.function(evidence)
-                kept[number] = ~self._gone(values[number])
+                values[number] = self._scored(rng, seed + 1 + number)
+                kept[number] = ~decide(replace(self.whole, values=values[number]), self.budget)
                 bar.advance(1)
         return values, kept
 
-    def _drawn(self, rng: np.random.Generator) -> Tallies:
-        """Sums over as many recordings and folds as there are, drawn with replacement."""
-        chosen = rng.integers(0, len(self.parts), len(self.parts))
-        drawn = []
-        for number in chosen:
-            part = self.parts[number]
-            n_folds = len(part.domains)
-            times = np.bincount(rng.integers(0, n_folds, n_folds), minlength=n_folds)
-            drawn.append(_weighted(part, times))
-        return reduce(Tallies.merge, drawn)
-
-    def _gone(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return decide(replace(self.whole, values=values), self.budget)
+    def _scored(self, rng: np.random.Generator, seed: int) -> NDArray[np.float64]:
+        """Scores of one draw."""
+        plain = Evidence(
+            tallies=self.sources[0].sums,
+            top_k=self.whole.top_k,
+            drop=self.budget.drop or Evidence.drop,
+            seed=seed,
+        )
+        shown = drawn_evidence(self.criterion, self.sources, plain, rng)
+        return _mean([self.criterion.function(one) for one in shown])
 
 
-def _weighted(part: Tallies, times: NDArray[np.int64]) -> Tallies:
-    """The total of some folds, each as often as it was drawn."""
-    found = {}
-    for name, value in part.arrays.items():
-        if SUMS[name].join == "peak":  # which token was highest is no sum
-            continue
-        if SUMS[name].join == "max":
-            found[name] = value[times > 0].max(axis=0)
-        else:
-            found[name] = np.tensordot(times.astype(value.dtype), value, axes=1)
-    return Tallies((), found)
+def _mean(values: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    return values[0] if len(values) == 1 else np.mean(values, axis=0)
 
 
-def _folded(
-    criterion: Criterion, opened: list[Activations], folds: int, seed: int
-) -> list[Tallies]:
-    """Sums by fold of what a criterion reads, of every recording."""
-    groups = dict.fromkeys(("routing", *groups_of(criterion.needs)))
-    found = []
-    for acts in opened:
-        n_folds = min(folds, acts.n_samples)
-        if n_folds < 2:
-            raise DataError(
-                f"{acts.path} has {acts.n_samples} documents, of which no others can be drawn; "
-                "record at least 2"
-            )
-        stored = acts.fold_tallies()
-        if stored is not None:
-            found.append(stored)
-            continue
-        if not set(groups) <= set(SINGLE):
-            raise MissingInputError(
-                f"{criterion.name} reads what is summed while recording only, and {acts.path} has "
-                "no folds; extract again with folds=32 (--folds 32)"
-            )
-        part = folds_of(acts.n_samples, n_folds, seed=seed)
-        found.append(tallies_by(acts, part, n_folds, groups))
-    return _alike(found, names_of(groups))
-
-
-def _alike(parts: list[Tallies], names: Sequence[str]) -> list[Tallies]:
-    """The parts with those of some sums that all of them hold."""
-    shared = [name for name in names if all(name in part.arrays for part in parts)]
-    return [Tallies(part.domains, {name: part[name] for name in shared}) for part in parts]
-
-
-def _whole(criterion: str, opened: list[Activations], budget: Budget, seed: int) -> Scores:
+def _whole(
+    criterion: Criterion,
+    recordings: Sequence[Activations],
+    patterns: Sequence[Collaboration | None],
+    budget: Budget,
+    seed: int,
+) -> Scores:
     """Scores of all documents of all recordings."""
-    each = [score(criterion, acts, drop=budget.drop or Evidence.drop, seed=seed) for acts in opened]
+    drop = budget.drop or Evidence.drop
+    each = [
+        score(criterion.name, acts, collaboration=collab, drop=drop, seed=seed)
+        for acts, collab in zip(recordings, patterns, strict=True)
+    ]
     first = each[0]
-    if len(opened) == 1:
+    if len(each) == 1:
         return first
-    for other, acts in zip(each, opened, strict=True):
+    for other, acts in zip(each, recordings, strict=True):
         if (other.layers, other.values.shape, other.top_k) != (
             first.layers,
             first.values.shape,
             first.top_k,
         ):
             raise ShapeError(f"{acts.path} is not of the same model; resample recordings of one")
-    total = reduce(Tallies.merge, [acts.tallies().total() for acts in opened])
-    drop = budget.drop or Evidence.drop
-    evidence = Evidence(tallies=total, top_k=first.top_k, drop=drop, seed=seed)
-    return replace(
-        first,
-        values=criteria.get(criterion).function(evidence),
-        counts=total.count,
-        activations=None,
-    )
+    same = len({one.activations for one in each}) == 1
+    if criterion.needs & READ:
+        values = _mean([one.values for one in each])
+        counts = first.counts if same else np.sum([one.counts for one in each], axis=0)
+    else:
+        by_domain = reduce(Tallies.merge, [acts.tallies() for acts in recordings])
+        evidence = Evidence(
+            tallies=by_domain.total(), by_domain=by_domain, top_k=first.top_k, drop=drop, seed=seed
+        )
+        values, counts = criterion.function(evidence), evidence.tallies.count
+    origin = first.activations if same else None
+    return replace(first, values=values, counts=counts, activations=origin)
 
 
-def _opened(given: Recorded | Sequence[Recorded]) -> list[Activations]:
-    listed = [given] if isinstance(given, Activations | str | PathLike) else list(given)
-    if not listed:
-        raise DataError("there are no recordings; give at least one")
-    return [one if isinstance(one, Activations) else load_activations(one) for one in listed]
+def _check_criterion(criterion: Criterion, budget: Budget) -> None:
+    allowed = "one that a recording answers (routing, outputs, tokens, patterns)"
+    if Needs.MODEL in criterion.needs:
+        advice = "to see how it varies, score it on several texts and compare them with agreement"
+        raise SettingsError(
+            "criterion", criterion.name, f"{allowed}, and this runs the model; {advice}"
+        )
+    if Needs.WEIGHTS in criterion.needs:
+        advice = "other documents change nothing in them: score and plan as it is"
+        raise SettingsError(
+            "criterion", criterion.name, f"{allowed}, and this reads parameters; {advice}"
+        )
+    if not budget.amount:
+        raise MissingInputError(f"how much goes is not said; give drop ({SHARE}), experts or mass")
+    if criterion.by_drop and budget.drop is None:
+        raise SettingsError(
+            "budget", budget.amount, f"drop for {criterion.name}, which ranks for one share"
+        )
+    budget.check_scores_suffice("for resampled plans")
 
 
 def _check_settings(folds: int, resamples: int, confidence: float) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moecollab.errors import DataError, MissingInputError, SchemaError, SettingsError
 from moecollab.manifest import MANIFEST, check_manifest, digest_bytes, digest_file, read_json
+from moecollab.record.folding import out_of_folds
 from moecollab.record.recording import Recording
 from moecollab.record.rows import Rows
 from moecollab.record.schema import (
@@ -150,10 +151,8 @@ class Activations(Recording):
         >>> first = acts.layers[0]  # doctest: +SKIP
         >>> acts.to_polars().select("domain", f"expert_{first}").collect()  # doctest: +SKIP
         """
-        domains = pl.scan_parquet(self.path / SAMPLES).select("sample", "domain")
-        tokens = pl.scan_parquet(self.path / TOKENS).join(
-            domains, on="sample", how="left", maintain_order="left"
-        )
+        domains = self._scan(SAMPLES).select("sample", "domain")
+        tokens = self._scan(TOKENS).join(domains, on="sample", how="left", maintain_order="left")
         frames = [tokens.select("token", "sample", "domain", "position", "token_id")]
         try:
             wanted = list(self.layers if layers is None else layers)
@@ -161,7 +160,7 @@ class Activations(Recording):
             raise SettingsError("layers", layers, f"a sequence, such as [{layers}]") from cause
         for layer in wanted:
             self._check_layer(layer)
-            table = pl.scan_parquet(self.path / layer_file(layer))
+            table = self._scan(layer_file(layer))
             frames.append(
                 table.select(pl.col(name).alias(f"{name}_{layer}") for name in self._columns)
             )
@@ -171,10 +170,20 @@ class Activations(Recording):
         """Sums by domain, layer and expert."""
         return load_tallies(self.path / TALLIES)
 
-    def fold_tallies(self) -> Tallies | None:
-        """Sums by fold of the documents, in the place of domains; None if none were recorded."""
+    def fold_tallies(self, *, by_domain: bool = False) -> Tallies | None:
+        """Sums by fold of the documents, in the place of domains; None if none were recorded.
+
+        Parameters
+        ----------
+        by_domain : bool
+            Whether domains are kept apart as well; names are those of
+            :func:`moecollab.record.folding.cell_name` then.
+        """
         file = self.path / FOLDS
-        return load_tallies(file) if file.exists() else None
+        if not file.exists():
+            return None
+        cells = load_tallies(file)
+        return cells if by_domain else out_of_folds(cells)[1]
 
     def rows(self, grain: Grain = "token", weights: Weights = "renormalised") -> Rows:
         """The activation matrix as sparse rows.
@@ -246,6 +255,9 @@ class Activations(Recording):
     def _check_layer(self, layer: int) -> None:
         if layer not in self.layers:
             raise SettingsError("layer", layer, f"one of {list(self.layers)}")
+
+    def _scan(self, name: str) -> pl.LazyFrame:
+        return pl.scan_parquet(self.path / name)
 
     def _table(
         self, name: str, columns: list[str] | None = None, span: Span | None = None

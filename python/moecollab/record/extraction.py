@@ -197,8 +197,9 @@ def _record(
     if sums.total is None:
         raise DataError("the corpus holds no text; give at least one document that is not blank")
     give_back()
-    by_domain, by_fold = out_of_folds(sums.total) if run.settings.folds else (sums.total, None)
-    merge_shards(store, len(shards), samples, by_domain, run.vocabulary(samples), by_fold)
+    by_cell = sums.total if run.settings.folds else None
+    by_domain = sums.total if by_cell is None else out_of_folds(by_cell)[0]
+    merge_shards(store, len(shards), samples, by_domain, run.vocabulary(samples), by_cell)
 
 
 def _shards(samples: Sequence[Sample]) -> list[list[Sample]]:

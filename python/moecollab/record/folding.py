@@ -33,17 +33,28 @@ def in_folds(samples: Sequence[Sample], n_folds: int, *, seed: int) -> list[Samp
     """The samples with fold and domain together in the place of the domain."""
     folds = folds_of(len(samples), n_folds, seed=seed).tolist()
     return [
-        replace(sample, document=replace(one, domain=f"{fold:06d}{_BETWEEN}{one.domain}"))
+        replace(sample, document=replace(one, domain=cell_name(fold, one.domain)))
         for fold, sample in zip(folds, samples, strict=True)
         for one in [sample.document]
     ]
 
 
+def cell_name(fold: int, domain: str) -> str:
+    """Name of the documents of one fold and domain, in the place of a domain's."""
+    return f"{fold:06d}{_BETWEEN}{domain}"
+
+
+def cell_parts(cell: str) -> tuple[int, str]:
+    """Fold and domain of a name that :func:`cell_name` made."""
+    fold, _, domain = cell.partition(_BETWEEN)
+    return int(fold), domain
+
+
 def out_of_folds(cells: Tallies) -> tuple[Tallies, Tallies]:
     """Sums by domain, and by fold, of sums by both; folds are named by their number."""
-    named = [cell.split(_BETWEEN, 1) for cell in cells.domains]
+    named = [cell_parts(cell) for cell in cells.domains]
     domains = [domain for _, domain in named]
-    folds = [str(int(fold)) for fold, _ in named]
+    folds = [str(fold) for fold, _ in named]
     return (
         _grouped(cells, domains, sorted(set(domains))),
         _grouped(cells, folds, sorted(set(folds), key=int)),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moecollab import criteria
@@ -23,6 +21,7 @@ from moecollab.reporting.figures.costs import cost_dots, cost_map
 from moecollab.reporting.figures.experts import score_strip, use_map
 from moecollab.reporting.figures.patterns import objective_curve, pattern_map
 from moecollab.reporting.figures.style import as_html, plotly_script
+from moecollab.reporting.figures.sureness import agreement_map, sureness_map
 from moecollab.reporting.findings import cost_findings, pattern_finding, use_finding
 from moecollab.reporting.history import fit_history
 from moecollab.reporting.levels import LevelView, level_views
@@ -35,6 +34,8 @@ from moecollab.reporting.material import (
 )
 from moecollab.reporting.numbers import Ledger
 from moecollab.reporting.pattern_cards import membership
+from moecollab.reporting.sureness import Agreement, Sureness, agreement_of, sureness_of
+from moecollab.reporting.templating import script_json, template
 
 MOST_DOMAINS = 24
 """Domains that maps show; more cannot be told apart."""
@@ -53,6 +54,8 @@ class View:
     drops: Drops | None
     costs: Costs | None
     token_shares: dict[str, float]
+    sureness: tuple[Sureness, ...] = ()
+    agreement: Agreement | None = None
     shown: tuple[str, ...] = ()
     findings: tuple[Markup, ...] = ()
     figures: dict[str, Markup] = field(default_factory=dict)
@@ -116,17 +119,10 @@ def render(material: Material, title: str | None = None) -> str:
     """The page as text."""
     ledger = Ledger()
     view = _view(material, title, ledger)
-    environment = Environment(
-        loader=PackageLoader("moecollab.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         view=view,
         n=ledger,
-        numbers=lambda: _script_json(ledger.values),
+        numbers=lambda: script_json(ledger.values),
         plotly=Markup(plotly_script()),
         same_text=provenance.same_text(material),
         made=provenance.made(material),
@@ -152,6 +148,8 @@ def _view(material: Material, title: str | None, ledger: Ledger) -> View:
         drops=None if plan is None else drops_of(plan, material.scores, use, member),
         costs=costs_of(material.evaluations),
         token_shares=shares,
+        sureness=sureness_of(material.scores, plan),
+        agreement=agreement_of(material.scores, plan),
         shown=shown_domains(tuple(shares), shares, MOST_DOMAINS),
     )
     view.figures.update(_figures(view))
@@ -171,12 +169,18 @@ def _title(material: Material) -> str:
 def _with_findings(view: View, ledger: Ledger) -> View:
     found: list[Markup] = []
     if view.costs is not None:
-        found += cost_findings(view.costs, view.material.evaluations, ledger)
+        found += cost_findings(view.costs, view.material.evaluations, ledger, _chosen(view))
     if view.levels:
         found.append(pattern_finding(view.levels[0], ledger))
     if view.use is not None:
         found.append(use_finding(view.use, view.drops, ledger))
     return replace(view, findings=tuple(found))
+
+
+def _chosen(view: View) -> str | None:
+    """Criterion of the plan that the page is about."""
+    plan = view.material.plan
+    return None if plan is None else plan.criterion
 
 
 def _figures(view: View) -> dict[str, Markup]:
@@ -190,8 +194,12 @@ def _figures(view: View) -> dict[str, Markup]:
             drawn[f"patterns-{level.level}"] = pattern_map(level.by_domain(view.shown))
     if view.drops is not None:
         drawn["scores"] = score_strip(view.drops)
+    if view.sureness:
+        drawn["sureness"] = sureness_map(view.sureness[0])
+    if view.agreement is not None:
+        drawn["agreement"] = agreement_map(view.agreement)
     if view.costs is not None and view.costs.overall:
-        drawn["cost"] = cost_dots(view.costs)
+        drawn["cost"] = cost_dots(view.costs, _chosen(view))
         if view.costs.by_domain:
             drawn["cost-by-domain"] = cost_map(view.costs)
     rounds = None if collab is None else fit_history(collab.history, collab.settings)
@@ -207,9 +215,3 @@ def _criterion_line(name: str) -> str:
         return criteria.get(name).form["summary"]
     except MoeCollabError:
         return ""
-
-
-def _script_json(values: dict[str, float]) -> Markup:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(values, sort_keys=True, indent=0, ensure_ascii=True, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
