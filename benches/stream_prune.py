@@ -175,7 +175,8 @@ def copy(base: Path, out: Path, n_bytes: int) -> tuple[float, float, int]:
 def measure(folder: Path, layout: str, rounds: int) -> None:
     """Prints one row."""
     base, out = folder / "base", folder / "out"
-    make(base, layout)
+    if not base.exists():  # of a run that was stopped
+        make(base, layout)
     found = []
     for _ in range(rounds):
         took, cpu, above, over_bare = prune(base, out)

@@ -313,7 +313,7 @@ def test_further_layers_go_with_the_first_expert(tmp_path, monkeypatch):
     [
         ("model.layers.1.mlp.other.weight", "has no such tensor"),
         ("model.layers.1.mlp.gate.bias", r"the rows of the router that it goes to are \(8, 32\)"),
-        ("model.layers.1.mlp.experts.8.up_proj.weight", "layer 1 has 8 experts"),
+        ("model.layers.1.mlp.experts.8.up_proj.weight", "9 experts have such a tensor, of 8"),
     ],
 )
 def test_what_is_not_certain_is_refused(tensor, why, tmp_path):

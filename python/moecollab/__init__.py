@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from moecollab.record.counts import RoutingCounts, load_counts
     from moecollab.record.extraction import extract
     from moecollab.record.imports.importing import import_routing
+    from moecollab.reporting.comparison_page import comparison_page
     from moecollab.reporting.figures.comparisons import comparison_figure
     from moecollab.reporting.figures.sweeps import sweep_figure
     from moecollab.reporting.page import report
@@ -55,6 +56,7 @@ _HOME = {
     "RoutingCounts": "record.counts",
     "Scores": "criteria.scores",
     "compare": "evaluation.comparing.running",
+    "comparison_page": "reporting.comparison_page",
     "comparison_figure": "reporting.figures.comparisons",
     "agreement": "pruning.rankings",
     "amplify": "models.masking",
@@ -103,6 +105,7 @@ __all__ = [
     "blend",
     "compare",
     "comparison_figure",
+    "comparison_page",
     "coverage",
     "evaluate",
     "export_ranking",

@@ -18,6 +18,7 @@ from moecollab.cli.options import (
     PerScores,
     Seed,
     decimals,
+    model_path,
     say,
 )
 
@@ -49,7 +50,10 @@ def plan(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Option(help="JSON of experts that go, {layer: [ids]}, or a plan")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the whole model, for --memory-gb")
+        str | None,
+        typer.Option(
+            help="Folder or hub name of the whole model, for --memory-gb", callback=model_path
+        ),
     ] = None,
     similarity: Annotated[
         Path | None, typer.Option(help=".npy of (layers, experts, experts), for --per similarity")

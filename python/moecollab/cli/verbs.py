@@ -31,6 +31,7 @@ from moecollab.cli.options import (
     Tokens,
     Weights,
     held,
+    model_path,
     numbers,
     sums,
 )
@@ -75,6 +76,9 @@ def extract(  # noqa: PLR0913 (one parameter per option)
     A run that was stopped goes on where it was when started again with the same options.
 
     Example: moecollab extract models/olmoe calibration.jsonl --out run/activations
+
+    Without a model of your own: moecollab demo, then moecollab extract embedded
+    demo-run/calibration.jsonl --out run/activations
     """
     with progress.show():
         acts = mc.extract(
@@ -205,7 +209,10 @@ def score(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Argument(help="Folder made by extract; not needed to score weights")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name, for criteria that read or run it")
+        str | None,
+        typer.Option(
+            help="Folder or hub name, for criteria that read or run it", callback=model_path
+        ),
     ] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Text for criteria that run the model")
@@ -318,6 +325,9 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
 
     Example: moecollab evaluate run/pruned --corpus held_out.jsonl --tasks arc_easy --limit 200
     --out run/evaluations/pruned.json
+
+    Without a model of your own: moecollab demo, then moecollab evaluate embedded
+    --corpus demo-run/held_out.jsonl --out run/embedded.json
     """
     with progress.show():
         found = mc.evaluate(

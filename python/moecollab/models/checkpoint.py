@@ -93,10 +93,7 @@ class Checkpoint:
             return cls(path, *read_header(whole))
         index = _resolve(path, _INDEX)
         if index is None:
-            raise DataError(
-                f"{path} holds no safetensors; save the model with save_pretrained, or record it "
-                "without layer_by_layer"
-            )
+            raise DataError(f"{path} holds no safetensors; save the model with save_pretrained")
         return cls(path, *_indexed(path, index))
 
     @property

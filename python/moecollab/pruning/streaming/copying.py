@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from moecollab.errors import DataError
 from moecollab.models.headers import damaged
 from moecollab.pruning.streaming.shards import Shard
 
-_AT_ONCE = 64 << 20  # bytes that one call of the kernel copies, between two looks at the progress
+_AT_ONCE = 16 << 20  # bytes that one call of the kernel copies, between two looks at the progress
+_AHEAD = 128 << 20  # bytes that the kernel is asked to read before they are copied
+_FLUSHED = 256 << 20  # bytes after which the disk is given what was written
 _BUFFER = 8 << 20  # bytes that are read at once where Python has to
 _ELSEWHERE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
 _PLACES = 64
 _SAMPLE = 4096
+
+Span: TypeAlias = tuple[Path, int, int]
+"""A file, a first byte and a number of bytes."""
 
 Done = Callable[[int], None]
 """Told of every number of bytes that is done."""
@@ -47,6 +54,10 @@ class Sources:
 def write_shard(shard: Shard, target: Path, sources: Sources, done: Done) -> None:
     """Writes a file and waits until the disk has it.
 
+    The kernel reads ahead what comes next, which by its name order is all over the old file, and
+    writes back what is done while the rest is copied; cp has the one only in order and the other
+    only when memory fills.
+
     Raises
     ------
     DataError
@@ -54,16 +65,62 @@ def write_shard(shard: Shard, target: Path, sources: Sources, done: Done) -> Non
     OSError
         When the disk is full.
     """
-    with target.open("wb", buffering=0) as file:
+    with target.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
         _write(file.fileno(), shard.header)
-        for path, start, count in _ranges(shard):
-            _copy(path, sources.handle(path), file.fileno(), (start, count), done)
+        spans = list(_spans(shard))
+        flush = _Flush(file.fileno(), pool)
+        for span in _read_ahead(spans, sources):
+            _copy(span, sources, file.fileno())
+            flush.written(span[2])
+            done(span[2])
+        flush.finish()
         os.fsync(file.fileno())
 
 
-def _ranges(shard: Shard) -> Iterator[tuple[Path, int, int]]:
-    """File, first byte and number of bytes of all that is copied, in as few ranges as can be."""
-    last: tuple[Path, int, int] | None = None
+class _Flush:
+    """Gives the disk what was written of a file, beside the writing."""
+
+    def __init__(self, target: int, pool: ThreadPoolExecutor) -> None:
+        self._target, self._pool = target, pool
+        self._waiting = 0
+        self._under_way: Future[None] | None = None
+
+    def written(self, count: int) -> None:
+        """Takes note of more bytes, and begins once there are many."""
+        self._waiting += count
+        if self._waiting < _FLUSHED or not (self._under_way is None or self._under_way.done()):
+            return
+        self.finish()
+        self._under_way, self._waiting = self._pool.submit(os.fdatasync, self._target), 0
+
+    def finish(self) -> None:
+        """Waits, and raises what went wrong."""
+        if self._under_way is not None:
+            self._under_way.result()
+
+
+def _read_ahead(spans: Sequence[Span], sources: Sources) -> Iterator[Span]:
+    """The spans, each after the kernel was asked to read some that follow."""
+    asked = ahead = 0
+    for path, start, count in spans:
+        while asked < len(spans) and ahead < _AHEAD:
+            file, first, size = spans[asked]
+            os.posix_fadvise(sources.handle(file), first, size, os.POSIX_FADV_WILLNEED)
+            asked, ahead = asked + 1, ahead + size
+        ahead -= count
+        yield path, start, count
+
+
+def _spans(shard: Shard) -> Iterator[Span]:
+    """All that is copied, in as few spans as can be, but none over what is copied at once."""
+    for path, start, count in _ranges(shard):
+        for begin in range(0, count, _AT_ONCE):
+            yield path, start + begin, min(_AT_ONCE, count - begin)
+
+
+def _ranges(shard: Shard) -> Iterator[Span]:
+    """All that is copied, in as few spans as can be."""
+    last: Span | None = None
     for piece in shard.pieces:
         for start, count in piece.runs:
             path, first = piece.stored.file, piece.stored.start + start
@@ -77,15 +134,14 @@ def _ranges(shard: Shard) -> Iterator[tuple[Path, int, int]]:
         yield last
 
 
-def _copy(path: Path, source: int, target: int, span: tuple[int, int], done: Done) -> None:
+def _copy(span: Span, sources: Sources, target: int) -> None:
     """Appends a span of a file to another."""
-    start, left = span
+    path, start, left = span
     while left:
-        copied = _some(source, target, start, min(left, _AT_ONCE))
+        copied = _some(sources.handle(path), target, start, left)
         if not copied:
             raise damaged(path, "it ends within a tensor")
         start, left = start + copied, left - copied
-        done(copied)
 
 
 def _some(source: int, target: int, start: int, count: int) -> int:

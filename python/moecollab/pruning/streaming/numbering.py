@@ -32,8 +32,7 @@ def numbered(keys: Iterable[str], n_experts: int) -> dict[str, Numbered]:
     """Keys of one layer that are of single experts, each with its expert.
 
     The number of an expert is what runs from 0 to `n_experts` - 1, or beyond for experts of
-    another kind, while all else stays. What some experts alone have counts too, if it begins as
-    what all have.
+    another kind, while all else stays. What begins like that is told too, if some alone have it.
     """
     places = [place for key in keys for place in _places(key)]
     numbers: dict[tuple[str, str], set[int]] = defaultdict(set)

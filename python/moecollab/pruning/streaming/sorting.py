@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.headers import Stored
@@ -133,6 +135,7 @@ class _Sorter:
     def _experts(self, layer: MoeLayer, keys: Sequence[str]) -> list[Piece]:
         """What is kept of one layer's experts."""
         single = numbered(keys, layer.n_experts)
+        self._check_every(layer, single)
         fused = [self._fused(layer, key) for key in keys if key not in single]
         return fused + self._renumbered(layer, single)
 
@@ -157,6 +160,19 @@ class _Sorter:
             for key, place in single.items()
             if place.number in new
         ]
+
+    def _check_every(self, layer: MoeLayer, single: Mapping[str, Numbered]) -> None:
+        """Refuses what some experts have and others lack, and experts beyond the last."""
+        numbers: dict[tuple[str, str], set[int]] = {}
+        for place in single.values():
+            numbers.setdefault((place.before, place.after), set()).add(place.number)
+        for key, place in single.items():
+            found = numbers[place.before, place.after]
+            fused = not isinstance(layer.experts, nn.ModuleList)
+            most = self._shape(key)[0] if fused and not layer.layout.flat else layer.n_experts
+            if found not in (set(range(layer.n_experts)), set(range(most))):
+                why = f"{len(found)} experts have such a tensor, of {layer.n_experts}"
+                raise _uncertain(key, self.checkpoint.tensors[key], why)
 
     def _shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.shapes[self.targets[key]].shape)
