@@ -134,7 +134,7 @@ def test_dropping_nothing_copies_every_byte(family, tmp_path):
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
     assert {file.name for file in out.iterdir()} == {
         *(file.name for file in base.iterdir()),
-        "moecollab.json",
+        *("moecollab.json", "README.md"),
     }
 
 
