@@ -124,7 +124,7 @@ class Blocked(Gains):
 
 def _table(factors: Factors, layers: list[MoeLayer]) -> NDArray[np.float64]:
     """Factors as (n_layers, n_experts), checked."""
-    shape = (len(layers), layers[0].n_experts)
+    shape = (len(layers), max(layer.n_experts for layer in layers))
     if isinstance(factors, Mapping):
         table = np.ones(shape)
         place = {layer.layer: number for number, layer in enumerate(layers)}
