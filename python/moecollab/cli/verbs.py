@@ -12,6 +12,7 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
+from moecollab.cli.cutting import mask, prune
 from moecollab.cli.deciding import agreement, blend, export, plan, uncertainty
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
@@ -23,7 +24,6 @@ from moecollab.cli.options import (
     Model,
     Out,
     Overwrite,
-    PlanFile,
     Recorded,
     Rows,
     Seed,
@@ -38,7 +38,7 @@ from moecollab.cli.options import (
 from moecollab.cli.options import say as _say
 from moecollab.cli.rounds import iterate
 from moecollab.cli.studies import sweep
-from moecollab.manifest import read_json, refuse_existing
+from moecollab.manifest import refuse_existing
 
 
 def extract(  # noqa: PLR0913 (one parameter per option)
@@ -247,63 +247,6 @@ def score(  # noqa: PLR0913 (one parameter per option)
         overwrite=overwrite,
     )
     _say(f"{out}: {found!r}")
-
-
-def mask(
-    model: Model,
-    plan: PlanFile,
-    out: Out,
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-) -> None:
-    """Writes a small folder that stands for the model with the dropped experts switched off.
-
-    No weights are copied; extract and evaluate take the folder as a model.
-
-    Example: moecollab mask models/olmoe run/plan.json --out run/masked
-    """
-    mc.mask(model, plan, dtype=dtype, out=out, overwrite=overwrite)
-    _say(f"{out}: {model} masked by {plan}")
-
-
-def prune(
-    model: Model,
-    plan: PlanFile,
-    out: Out,
-    uneven: Annotated[
-        Literal["equalise", "pad", "native"] | None,
-        typer.Option(help="How layers of different numbers are written: see docs/pruning.md"),
-    ] = None,
-    evaluations: Annotated[
-        list[Path] | None,
-        typer.Option(help="File made by evaluate, for the README; or several"),
-    ] = None,
-    shard_size: Annotated[str, typer.Option(help="Largest file of the checkpoint")] = "5GB",
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Read it again and compare it with the model's folder")
-    ] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Cuts the dropped experts out and writes a smaller checkpoint.
-
-    A model in a folder is copied file by file and never built, so it may be larger than memory;
-    run the same again to go on after a kill.
-
-    Example: moecollab prune models/olmoe run/plan.json --out run/pruned --verify
-    """
-    with progress.show():
-        mc.prune(
-            model,
-            plan,
-            out=out,
-            uneven=uneven,
-            evaluations=evaluations,
-            shard_size=shard_size,
-            verify=verify,
-            overwrite=overwrite,
-        )
-    loads = read_json(out / "moecollab.json").get("loads")
-    _say(f"{out}: {model} without the experts that {plan} drops; {loads}")
 
 
 def evaluate(  # noqa: PLR0913 (one parameter per option)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -184,7 +185,7 @@ class _Sorter:
         found = _LAYER.match(key)
         return found is not None and int(found[2]) > self._last.get(found[1], int(found[2]))
 
-    @property
+    @cached_property
     def _last(self) -> dict[str, int]:
         """Number of the last layer that the model knows, by what comes before it in names."""
         found: dict[str, int] = {}
