@@ -143,8 +143,8 @@ def check_untied(model: nn.Module, layers: Sequence[MoeLayer]) -> None:
             *layer.experts.parameters(),
             *(value for _, _, value in router_rows(layer)),
         ]
-        for value in cut:
-            used = names.get(id(value), [])
+        for tensor in cut:
+            used = names.get(id(tensor), [])
             other = [name for name in used if not name.startswith(f"{layer.name}.")]
             if other:
                 raise UnsupportedModelError(
