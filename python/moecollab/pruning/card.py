@@ -95,10 +95,16 @@ def about(base: str, plan: Plan | None, evaluations: Sequence[Any] | None = None
         When a file is no evaluation.
     """
     source = Path(base)
-    name = source.resolve().name if source.is_dir() else base
+    name = _folder_name(source.resolve()) if source.is_dir() else base
     front = tuple(_front_matter(source / CARD))
     rows = [row for one in evaluations or () for row in _rows_of(_evaluation(one))]
     return About(name, front, plan, tuple(rows))
+
+
+def _folder_name(folder: Path) -> str:
+    """Name of the model in a folder; in the hub's own cache, that on the hub."""
+    cached = next((one.name for one in folder.parents if one.name.startswith("models--")), None)
+    return folder.name if cached is None else cached.removeprefix("models--").replace("--", "/", 1)
 
 
 def card(why: About, arrangement: Arrangement, before: Size, after: Size) -> str:
