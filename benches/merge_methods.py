@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import polars as pl
 import torch
 import typer
 
@@ -117,17 +116,17 @@ def main(
         found = [measure(whole, tokenizer, pool, text, drop, seed) for seed in range(seeds)]
         rows = []
         for name in found[0]:
-            costs = [(one[name] - base).sum() / size.sum() for one in found]
+            costs = [float((one[name] - base).sum() / size.sum()) for one in found]
+            typer.echo(f"{drop:.0%} {name} {costs}", err=True)
             mean = np.mean([one[name] for one in found], axis=0)
             reference = np.mean([one["drop by coverage"] for one in found], axis=0)
             gap = (mean - reference).sum() / size.sum()
             low, high = paired_interval(mean, reference, size, seed=0)
             rows.append((name, float(np.mean(costs)), min(costs), max(costs), gap, low, high))
-        table = pl.DataFrame(rows, orient="row").sort("column_1")
         print(f"\n{drop:.0%} of the experts go\n")
         print("| method | loss added | of seeds | more than dropping by coverage |")
         print("| --- | --- | --- | --- |")
-        for name, cost, least, most, gap, low, high in table.iter_rows():
+        for name, cost, least, most, gap, low, high in sorted(rows, key=lambda row: row[1]):
             print(
                 f"| {name} | {cost:.3f} | {least:.3f} to {most:.3f} | "
                 f"{gap:+.3f} [{low:+.3f}, {high:+.3f}] |"

@@ -184,10 +184,7 @@ def markdown(found: mc.Comparison, measure: str, per: str) -> str:
                 f"{row['cost']:.3f} [{row['low']:.3f}, {row['high']:.3f}] {row['rank']:.1f}"
             )
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    critical = table["critical"][0]
-    if critical == critical:  # not a number for a task, which is one domain
-        lines += ["", f"Ranks that differ by less than {critical:.1f} are not told apart."]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *found.notes(measure)])
 
 
 @app.command()

@@ -14,6 +14,7 @@ from moecollab.criteria.scores import load_scores
 from moecollab.criteria.scoring import score
 from moecollab.errors import (
     DataError,
+    MissingInputError,
     PlanError,
     SettingsError,
     ShapeError,
@@ -73,13 +74,17 @@ def test_as_many_experts_stay_as_were_asked_for(scores, experts):
 @pytest.mark.parametrize(
     ("asked", "error", "message"),
     [
-        ({}, SettingsError, "given: one of drop, experts, mass, memory_gb, or drop_list"),
+        ({}, MissingInputError, "give one of drop, experts, mass, memory_gb .*, or drop_list"),
         ({"drop": 0.5, "experts": 2}, SettingsError, r"\['drop', 'experts'\]; it must be one of"),
         ({"drop": 0.1, "mass": 0.9}, SettingsError, "not several"),
         ({"experts": 0}, SettingsError, "experts is 0; it must be a whole number, 1 or more"),
         ({"experts": 2.5}, SettingsError, "experts is 2.5; it must be a whole number, 1 or more"),
         ({"experts": True}, SettingsError, "experts is True; it must be a whole number"),
-        ({"drop": 25}, SettingsError, r"drop is 25; it must be a share in \[0, 1\), such as 0.25"),
+        (
+            {"drop": 25},
+            SettingsError,
+            r"drop is 25; it must be a share between 0 and 1; for 25 % write 0.25",
+        ),
         ({"drop": float("nan")}, SettingsError, "drop is nan; it must be a share"),
         ({"drop": "0.5"}, SettingsError, "drop is '0.5'; it must be a share"),
         ({"experts": 9}, SettingsError, "experts is 9; it must be at most the 4 that"),

@@ -1,5 +1,7 @@
 """Commands as a user meets them: one clear sentence and exit code 1 for what goes wrong."""
 
+import html
+import inspect
 import json
 import subprocess
 import sys
@@ -7,10 +9,14 @@ from dataclasses import replace
 
 import polars as pl
 import pytest
+import yaml
 
 import models
 import moecollab as mc
+from moecollab.cli import verbs
 from moecollab.cli.main import main
+from moecollab.cli.options import model_path
+from moecollab.demo import MODEL
 
 
 def run(*arguments, cwd=None):
@@ -275,20 +281,80 @@ def test_criteria_lists_every_one(inside):
         assert words in shown
 
 
-def test_compare_prints_a_table_and_leaves_a_figure(inside, model_folder, tmp_path):
+def write_texts(folder):
+    """Text that calibrates and text that judges, of two domains."""
     for name, n in (("calibration", 6), ("held_out", 3)):
         lines = [
             {"text": f"{name} {i}: the court held that the owl hunts.", "domain": "ab"[i % 2]}
             for i in range(n)
         ]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder / "calibration.jsonl", "--held-out", folder / "held_out.jsonl"
+
+
+def test_compare_prints_a_table_and_leaves_a_page(inside, model_folder, tmp_path):
     out = tmp_path / "out"
-    made = ["compare", model_folder, tmp_path / "calibration.jsonl"]
-    made += ["--held-out", tmp_path / "held_out.jsonl", "--criteria", "reap,random"]
+    made = ["compare", model_folder, *write_texts(tmp_path), "--criteria", "reap,random"]
     made += ["--drops", "0.25", "--per", "layer,model", "--seeds", "2", "--out", out]
     code, said, error = inside(*made)
     assert code == 0, error
     for wanted in ("cost of dropping 25.0% per layer", "per model", "reap", "mean rank"):
         assert wanted in said
+    assert "Mean ranks over 2 domains are not told apart, however far they lie" in said
     assert "share of experts dropped" in (out / "comparison.html").read_text()
     assert pl.read_parquet(out / "costs.parquet").height == 2 * 2 * 2 * 2
+    assert inside(*made)[0] == 0  # again: the page is written anew
+
+
+def test_compare_reads_fits_from_a_file(inside, model_folder, tmp_path):
+    out, fits = tmp_path / "out", tmp_path / "fits.yaml"
+    made = ["compare", model_folder, *write_texts(tmp_path), "--criteria", "caep,caep@output"]
+    made += ["--drops", "0.25", "--seeds", "1", "--out", out, "--fits", fits]
+    fits.write_text("output: {rows: token, weights: output, atoms: [4, 6]}\nplain: {atoms: [3]}\n")
+    code, _, error = inside(*made)
+    assert code == 0, error
+    read = mc.load_collaboration(out / "seed-0" / "fit-output")
+    assert (read.settings["weights"], [len(level.atoms) for level in read.levels]) == (
+        "output",
+        [4, 6],
+    )
+    assert not (out / "seed-0" / "fit-plain").exists()
+    page = (out / "comparison.html").read_text()
+    assert "--fits fits.yaml" in page
+    told = html.unescape(page.split("fits.yaml:</p>")[1].split("<pre>")[1].split("</pre>")[0])
+    assert yaml.safe_load(told) == {"output": {"atoms": [4, 6], "weights": "output"}}
+    for text, words in (
+        ("output: {wieghts: output}", ("setting of a fit is 'wieghts'", "did you mean weights")),
+        ("output: {seed: 3}", ("setting of a fit is 'seed'",)),
+        ("output: [1", ("cannot be read as YAML", "rows: sample")),
+        ("- output", ("names with settings", "rows: sample")),
+        ("{}", ("holds no fit", "rows: sample")),
+    ):
+        fits.write_text(text)
+        refused(inside(*made), *words)
+    fits.unlink()
+    refused(inside(*made), "cannot be read")
+
+
+def test_the_embedded_model_has_a_name(inside, text, tmp_path):
+    """Every command that takes a model takes it; a folder of that name is ./embedded."""
+    (tmp_path / "embedded").mkdir()
+    assert inside("extract", "embedded", text, "--out", "acts", "--tokens", "20")[0] == 0
+    assert mc.load_activations("acts").manifest["model"]["path"] == str(MODEL)
+    made = ["score", "--model", "embedded", "--criterion", "aimer", "--out", "aimer.parquet"]
+    assert inside(*made)[0] == 0
+    refused(inside("extract", "./embedded", text, "--out", "other"), "embedded")
+    taking = 0
+    for verb in verbs.VERBS:
+        given = inspect.signature(verb, eval_str=True).parameters.get("model")
+        if given is not None:
+            taking += 1
+            assert given.annotation.__metadata__[0].callback is model_path, verb
+    assert taking == 8
+
+
+@pytest.mark.parametrize(("option", "value"), [("--drops", "25"), ("--share", "50")])
+def test_percent_for_a_share_is_told(inside, model_folder, tmp_path, option, value):
+    made = ["compare", model_folder, *write_texts(tmp_path), "--out", "out", option, value]
+    refused(inside(*made), "a share between 0 and 1; for 25 % write 0.25")
+    refused(inside("plan", "none.parquet", "--drop", "25", "--out", "p"), "for 25 % write 0.25")

@@ -1,6 +1,8 @@
 """Criteria against each other: cells against the long way round, intervals and ranks by hand."""
 
+import json
 import math
+import re
 
 import numpy as np
 import polars as pl
@@ -9,8 +11,15 @@ import torch
 
 import models
 import moecollab as mc
-from moecollab.errors import DataError, MissingInputError, SettingsError, StaleInputError
+from moecollab.errors import (
+    CalibrationWarning,
+    DataError,
+    MissingInputError,
+    SettingsError,
+    StaleInputError,
+)
 from moecollab.evaluation.comparing.grid import Grid, calibration
+from moecollab.evaluation.comparing.notes import rank_note
 from moecollab.evaluation.comparing.standing import Block, critical_difference
 from moecollab.record.corpus import read_corpus
 from test_tasks import write_task
@@ -174,10 +183,11 @@ def test_text_that_calibrates_may_not_judge(folder, tmp_path):
         ({"criteria": ("reep",)}, "reap"),
         ({"criteria": ("caep@other",)}, "one of the fits patterns"),
         ({"criteria": ("reap@patterns",)}, "reads no patterns"),
-        ({"drops": (0.0,)}, r"in \(0, 1\)"),
+        ({"drops": (0.0,)}, "drops is 0.0; it must be a share between 0 and 1"),
+        ({"drops": (0.25, 25.0)}, "drops is 25.0; it must be a share .* for 25 % write 0.25"),
         ({"per": ("group",)}, "layer, model"),
         ({"seeds": 0}, "at least 1"),
-        ({"share": 1.5}, r"in \(0, 1\]"),
+        ({"share": 1.5}, "a share between 0 and 1; .* or 1 for all documents"),
         ({"probe_tokens": 0}, "at least 1"),
         ({"context": 1}, "at least 2"),
     ],
@@ -226,15 +236,124 @@ def test_tasks_are_answered_by_every_cut(folder, tmp_path):
     assert math.isnan(row["critical"])
 
 
-def test_tasks_that_changed_are_not_mixed(folder, tmp_path):
-    asked = {"tasks": ("five",), "task_folder": tmp_path / "tasks", "seeds": 1, "drops": (0.25,)}
-    write_task(tmp_path / "tasks", tmp_path / "cache")
+TEXT = "{{question}}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (TEXT, "Q: {{question}}"),
+        ("doc_to_choice: choices", 'doc_to_choice: ["yes", "no", "maybe"]'),
+        ("doc_to_target: answer", "doc_to_target: 1"),
+        ("test_split: test", "test_split: test\nfewshot_split: test\nnum_fewshot: 2"),
+        ("test_split: test", 'test_split: test\ndescription: "Answer. "'),
+        ("test_split: test", 'test_split: test\ntarget_delimiter: ": "'),
+        (" + 1 =", " plus 1 ="),
+    ],
+)
+def test_tasks_that_changed_are_not_mixed(folder, tmp_path, old, new):
+    tasks = tmp_path / "tasks"
+    asked = {"tasks": ("five",), "task_folder": tasks, "seeds": 1, "per": ("layer",)}
+    write_task(tasks, tmp_path / "cache")
     run(folder, tmp_path / "out", criteria=("random",), **asked)
-    write_task(tmp_path / "tasks", tmp_path / "other_cache")
-    data = tmp_path / "tasks" / "five.jsonl"
-    data.write_text(data.read_text().replace(" + 1 =", " plus 1 ="))
+    write_task(tasks, tmp_path / "other_cache")
+    for file in tasks.iterdir():
+        file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(StaleInputError, match="a comparison with another tasks;"):
+        run(folder, tmp_path / "out", criteria=("random", "reap"), **asked)
+    manifest = tmp_path / "out" / "manifest.json"  # as it was before it held the tasks' digest
+    older = json.loads(manifest.read_text())
+    del older["inputs"]["tasks"]
+    manifest.write_text(json.dumps(older))
     with pytest.raises(DataError, match="answered other questions than the full model"):
         run(folder, tmp_path / "out", criteria=("random", "reap"), **asked)
+
+
+def test_other_files_in_the_task_folder_do_not_matter(folder, tmp_path):
+    tasks = tmp_path / "tasks"
+    asked = {"tasks": ("five",), "task_folder": tasks, "seeds": 1, "per": ("layer",)}
+    write_task(tasks, tmp_path / "cache")
+    run(folder, tmp_path / "out", criteria=("random",), **asked)
+    write_task(tasks, tmp_path / "cache", name="another", text="Q: {{question}}")
+    run(folder, tmp_path / "out", criteria=("random", "reap"), **asked)
+
+
+def test_runs_of_before_prompts_were_kept_go_on(folder, tmp_path):
+    """Neither the manifest nor the measurements of an older run say in which words they asked."""
+    out = tmp_path / "out"
+    asked = {"tasks": ("five",), "task_folder": tmp_path / "tasks", "seeds": 1}
+    write_task(tmp_path / "tasks", tmp_path / "cache")
+    before = run(folder, out, criteria=("random",), **asked)
+    older = json.loads((out / "manifest.json").read_text())
+    del older["inputs"]["tasks"], older["measured"]
+    (out / "manifest.json").write_text(json.dumps(older))
+    for file in (out / "measured").iterdir():
+        found = json.loads(file.read_text())
+        for task in found["tasks"]:
+            del task["prompts"]
+        file.write_text(json.dumps(found))
+    assert mc.load_comparison(out).values.equals(before.values)
+    found = run(folder, out, criteria=("random", "reap"), **asked)
+    assert found.cells.height == 2 * before.cells.height
+
+
+def test_every_cut_is_asked_with_the_same_examples(folder, tmp_path):
+    tasks, cuts = tmp_path / "tasks", tmp_path / "out" / "measured"
+    write_task(tasks, tmp_path / "cache")
+    yaml = tasks / "five.yaml"
+    yaml.write_text(yaml.read_text() + "fewshot_split: test\nnum_fewshot: 2\n")
+    asked = {"tasks": ("five",), "task_folder": tasks, "seeds": 1}
+    run(folder, tmp_path / "out", criteria=("random", "reap"), **asked)
+    prompts = {
+        task["prompts"] for f in cuts.iterdir() for task in json.loads(f.read_text())["tasks"]
+    }
+    assert len(list(cuts.iterdir())) > 2
+    assert len(prompts) == 1
+
+
+def test_seeds_that_calibrate_on_the_same_documents_are_told(folder, tmp_path):
+    """One warning, and a sentence under the table: with all documents, and with one a domain."""
+    every = "Every seed calibrates on the same documents, so the intervals"
+    with pytest.warns(CalibrationWarning, match=every) as caught:
+        found = run(folder, tmp_path / "all", criteria=("reap", "random"), share=1.0)
+    assert len(caught) == 1
+    assert "one says as much" not in str(caught[0].message)
+    assert found.notes()[1].startswith(every)
+    assert found.notes()[2] == "All seeds made the same cuts by reap."
+    with pytest.warns(CalibrationWarning, match="None of these criteria depends on the seed"):
+        run(folder, tmp_path / "same", criteria=("reap", "frequency"), share=1.0)
+    lonely = [*CALIBRATION, {"text": "the court held that the owl", "domain": "lonely"}]
+    asked = {"out": tmp_path / "one", "criteria": ("reap",), "drops": (0.25,), "seeds": 2}
+    with pytest.warns(CalibrationWarning, match=r"in 1 of 3 domains \(lonely\)"):
+        found = mc.compare(folder, lonely, HELD_OUT, **asked)
+    assert found.notes()[1].startswith("Every seed calibrates on the same documents in 1 of 3")
+    assert len(found.notes()) == 2
+
+
+def test_one_seed_is_said_and_draws_no_warning(folder, tmp_path):
+    found = run(folder, tmp_path / "out", criteria=("reap", "random"), seeds=1, share=1.0)
+    assert found.notes()[1].startswith("There is one calibration, so the intervals speak of other")
+    assert len(found.notes()) == 2
+
+
+@pytest.mark.parametrize(
+    ("n_criteria", "n_domains", "words"),
+    [
+        (1, 9, "one criterion, so there are no ranks"),
+        (5, 1, "one domain, so ranks cannot be told apart"),
+        (2, 3, "over 3 domains are not told apart, however far they lie; it takes 4 or more"),
+        (12, 20, "differ by less than 3.73 are not told apart .*20 domains"),
+    ],
+)
+def test_ranks_that_no_test_could_tell_apart_are_said(n_criteria, n_domains, words):
+    assert re.search(words, rank_note(n_criteria, n_domains))
+
+
+def test_the_least_number_of_domains_is_the_least():
+    for n_criteria in range(2, 13):
+        told = [n for n in range(2, 40) if "differ by" in rank_note(n_criteria, n)]
+        for n in range(2, told[0]):
+            assert f"it takes {told[0]} or more" in rank_note(n_criteria, n)
 
 
 def test_the_seeds_draw_other_documents_of_every_domain():

@@ -116,7 +116,7 @@ def test_impossible_budget_says_what_is_possible(per, top_k, keep, message):
 
 @pytest.mark.parametrize("drop", [-0.1, 1.0, math.nan, 7])
 def test_drop_out_of_range(drop):
-    with pytest.raises(SettingsError, match=r"drop is .*; it must be a share in \[0, 1\)"):
+    with pytest.raises(SettingsError, match=r"drop is .*; it must be a share between 0 and 1"):
         plan(make_scores([[1, 2]]), drop=drop)
 
 

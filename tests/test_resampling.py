@@ -300,7 +300,7 @@ def test_file_round_trip(acts, tmp_path):
         ("aimer", {"drop": 0.5}, SettingsError, "reads parameters; other documents change nothing"),
         ("delta_nll", {"drop": 0.5}, SettingsError, "answers .*, and this runs the model; to see"),
         ("ranked_choice", {"drop": 0.5}, MissingInputError, "collect='preferences'"),
-        ("reap", {}, SettingsError, "given: drop, experts or mass"),
+        ("reap", {}, MissingInputError, "is not said; give drop .* experts or mass"),
         ("reap", {"drop": 0.5, "folds": 1}, SettingsError, "folds is 1"),
         ("reap", {"drop": 0.5, "resamples": 1}, SettingsError, "resamples is 1"),
         ("reap", {"drop": 0.5, "confidence": 1.0}, SettingsError, "confidence is 1.0"),

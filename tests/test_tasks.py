@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ import torch
 
 import models
 from moecollab.errors import DataError, MissingInputError, SettingsError
+from moecollab.evaluation import answering
 from moecollab.evaluation import tasks as door
+from moecollab.evaluation.differences import differences
 from moecollab.evaluation.evaluation import evaluate, load_evaluation
 
 
@@ -111,11 +114,11 @@ def test_tasks_survive_a_file(answered, tmp_path):
 def test_tasks_leave_tokenizer_and_seeds_alone(tiny, task_folder):
     tokenizer = models.build_tokenizer()
     tokenizer.pad_token = None
-    loaded = door.load_tasks(["five"], task_folder)
+    questions = door.load_tasks(["five"], task_folder, limit=2)
     torch.manual_seed(3)
     random.seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    door.run_tasks(tiny, tokenizer, loaded, limit=2, batch_size=2, seed=0)
+    door.Exam(tiny, tokenizer, questions, batch_size=2).results()
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
@@ -142,9 +145,9 @@ def test_a_failing_model_is_a_data_error(tokenizer, task_folder, monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     monkeypatch.setattr(model, "forward", fail)
-    loaded = door.load_tasks(["five"], task_folder)
+    questions = door.load_tasks(["five"], task_folder, limit=2)
     with pytest.raises(DataError, match="lm-eval failed on five: RuntimeError: out of memory; "):
-        door.run_tasks(model, tokenizer, loaded, limit=2, batch_size=2, seed=0)
+        door.Exam(model, tokenizer, questions, batch_size=2).results()
     assert model.training
 
 
@@ -178,3 +181,62 @@ def test_tasks_of_lm_eval_are_looked_up_only_when_needed(task_folder, monkeypatc
     assert asked == [(folder, False)]
     assert "arc_easy" in door._manager(["five", "arc_easy"], task_folder).task_index
     assert asked[1:] == [(folder, False), (folder, True)]
+
+
+def test_answers_are_those_of_lm_evals_own_adapter(tokenizer):
+    """Contexts that are shared, empty, or too long, choices of one token and of several."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = models.build("qwen2_moe")
+    long = "the owl hunts at night and the fox jumps over the lazy dog " * 30
+    pairs = [("1 + 1 =", " 2"), ("1 + 1 =", " 3"), ("1 + 1 =", " the court"), ("", "owl")]
+    pairs += [(long, " fox"), (f"{long} and", " the court held"), ("Owls", " hunt at night.")]
+    asked = [
+        Instance("loglikelihood", {}, pair, 0, metadata=("t", at, 1))
+        for at, pair in enumerate(pairs)
+    ]
+    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).loglikelihood(asked, True)
+    for batch_size in (1, 3):
+        ours = answering.Respondent(model, tokenizer, batch_size).loglikelihood(asked)
+        assert [right for _, right in ours] == [right for _, right in plain]
+        np.testing.assert_allclose([p for p, _ in ours], [p for p, _ in plain], rtol=1e-5)
+
+
+def test_batches_hold_every_row_once_in_order():
+    rows = [(7,) * n for n in (900, 300, 128, 128, 100, 9, 9, 9, 9, 1)]
+    found = list(answering.batches(rows, 1))
+    assert [row for batch in found for row in batch] == rows
+    assert [len(batch) for batch in found] == [1, 1, 2, 2, 4]
+    assert all(len(batch) * len(batch[0]) <= max(256, len(batch[0])) for batch in found)
+
+
+def test_nothing_of_lm_eval_is_shown(folder, task_folder, capfd, caplog):
+    """Its bars and its warnings come with every cut; neither tqdm nor its logger stays changed."""
+    import logging
+
+    from tqdm.std import tqdm
+
+    before = tqdm.__init__, logging.getLogger("lm_eval").level
+    evaluate(folder, tasks=["five"], task_folder=task_folder, limit=2)
+    assert (tqdm.__init__, logging.getLogger("lm_eval").level) == before
+    assert capfd.readouterr() == ("", "")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    tqdm(range(2))
+    assert "0/2" in capfd.readouterr().err
+
+
+def test_other_words_are_not_paired(folder, tmp_path):
+    """The same documents under another template are other questions."""
+    found = []
+    for name, text in (("a", "{{question}}"), ("b", "Q: {{question}}")):
+        write_task(tmp_path / name, tmp_path / f"{name}_cache", text=text)
+        found.append(evaluate(folder, tasks=["five"], task_folder=tmp_path / name, name=name))
+    first, second = (one.tasks[0] for one in found)
+    assert first.questions == second.questions
+    assert first.prompts != second.prompts
+    table = differences({"a": found[0], "b": found[1]}, baseline="a").filter(model="b")
+    assert table["difference"].null_count() == table.height
+    older = replace(found[1], tasks=tuple(replace(one, prompts="") for one in found[1].tasks))
+    table = differences({"a": found[0], "b": older}, baseline="a").filter(model="b")
+    assert table["difference"].null_count() == 0

@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from moecollab.evaluation.comparing.running import compare
     from moecollab.evaluation.evaluation import Evaluation, evaluate, load_evaluation
     from moecollab.evaluation.repairing.repairing import Repair, repair
-    from moecollab.models.masking import mask
+    from moecollab.models.loading import load_model
+    from moecollab.models.masking import amplify, mask
     from moecollab.patterns.coverage import coverage
     from moecollab.patterns.dictionary import HSDL, Collaboration, load_collaboration
     from moecollab.patterns.mined import Mined, load_mined
     from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
     from moecollab.pruning.blending import blend
+    from moecollab.pruning.exporting import export_ranking, load_ranking
     from moecollab.pruning.iteration import iterate
     from moecollab.pruning.merging.merging import merge
     from moecollab.pruning.planning import plan
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from moecollab.record.counts import RoutingCounts, load_counts
     from moecollab.record.extraction import extract
     from moecollab.record.imports.importing import import_routing
+    from moecollab.reporting.comparison_page import comparison_page
     from moecollab.reporting.figures.comparisons import comparison_figure
     from moecollab.reporting.figures.sweeps import sweep_figure
     from moecollab.reporting.page import report
@@ -56,11 +59,14 @@ _HOME = {
     "RoutingCounts": "record.counts",
     "Scores": "criteria.scores",
     "compare": "evaluation.comparing.running",
+    "comparison_page": "reporting.comparison_page",
     "comparison_figure": "reporting.figures.comparisons",
     "agreement": "pruning.rankings",
+    "amplify": "models.masking",
     "blend": "pruning.blending",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
+    "export_ranking": "pruning.exporting",
     "extract": "record.extraction",
     "import_routing": "record.imports.importing",
     "iterate": "pruning.iteration",
@@ -70,7 +76,9 @@ _HOME = {
     "load_counts": "record.counts",
     "load_evaluation": "evaluation.evaluation",
     "load_mined": "patterns.mined",
+    "load_model": "models.loading",
     "load_plan": "pruning.plans",
+    "load_ranking": "pruning.exporting",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
     "match_atoms": "patterns.stability",
@@ -99,11 +107,14 @@ __all__ = [
     "RoutingCounts",
     "Scores",
     "agreement",
+    "amplify",
     "blend",
     "compare",
     "comparison_figure",
+    "comparison_page",
     "coverage",
     "evaluate",
+    "export_ranking",
     "extract",
     "import_routing",
     "iterate",
@@ -113,7 +124,9 @@ __all__ = [
     "load_counts",
     "load_evaluation",
     "load_mined",
+    "load_model",
     "load_plan",
+    "load_ranking",
     "load_scores",
     "mask",
     "match_atoms",

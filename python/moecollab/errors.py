@@ -14,11 +14,15 @@
     └── OutputExistsError               the output is there and ``overwrite`` was not given
 
     ConvergenceWarning(UserWarning)     a fit stopped before its tolerance was met
+    CalibrationWarning(UserWarning)     seeds of a comparison calibrate on the same documents
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+SHARE = "a share between 0 and 1; for 25 % write 0.25"
+"""What a fraction of experts or documents must be, in an error."""
 
 
 class MoeCollabError(Exception):
@@ -77,6 +81,10 @@ class OutputExistsError(MoeCollabError):
     def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         """Pickles by fields, since the message is made from them."""
         return type(self), (self.path,)
+
+
+class CalibrationWarning(UserWarning):
+    """Given when the seeds of a comparison calibrate on the same documents."""
 
 
 class ConvergenceWarning(UserWarning):

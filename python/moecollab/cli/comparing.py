@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 import moecollab as mc
 from moecollab import progress
-from moecollab.cli.options import Batch, Context, Dtype, Model, Overwrite, numbers
-from moecollab.errors import SettingsError
+from moecollab.cli.options import Batch, Context, Dtype, Model, Overwrite
+from moecollab.errors import DataError, SettingsError, unknown_name
 
 if TYPE_CHECKING:
     import polars as pl
 
 SHOWN = "comparison.html"
+_FITS = "such as {output: {rows: sample, atoms: [64, 128]}}"
 
 
 def compare(  # noqa: PLR0913 (one parameter per option)
@@ -30,12 +32,15 @@ def compare(  # noqa: PLR0913 (one parameter per option)
     per: Annotated[str, typer.Option(help="layer, model or both: layer,model")] = "layer",
     seeds: Annotated[int, typer.Option(help="Calibrations, each on its own documents")] = 3,
     share: Annotated[float, typer.Option(help="Share of the documents in each calibration")] = 0.5,
-    atoms: Annotated[
-        str | None, typer.Option(help="Groups per level for criteria of patterns: 64,128")
+    fits: Annotated[
+        Path | None, typer.Option(help="YAML of fits for criteria of patterns: name, settings")
     ] = None,
     tasks: Annotated[list[str] | None, typer.Option(help="lm-eval task; may be repeated")] = None,
     task_folder: Annotated[Path | None, typer.Option(help="Folder with your own task YAML")] = None,
     limit: Annotated[int | None, typer.Option(help="Questions of each task")] = None,
+    probe_tokens: Annotated[
+        int, typer.Option(help="Most tokens on which a criterion runs the model again")
+    ] = 8_192,
     context: Context = 512,
     batch_size: Batch = 8,
     dtype: Dtype = "auto",
@@ -45,6 +50,12 @@ def compare(  # noqa: PLR0913 (one parameter per option)
 
     Example: moecollab compare models/olmoe calibration.jsonl --held-out held_out.jsonl
     --criteria coverage,reap,easy_ep,random --drops 0.25,0.5 --seeds 5 --out run/comparison
+
+    Without a model of your own: moecollab demo, then moecollab compare embedded
+    demo-run/calibration.jsonl --held-out demo-run/held_out.jsonl --out run/comparison
+
+    A file of fits: {output: {rows: sample, weights: output, atoms: [64, 128]}}; caep@output reads
+    it, caep the first.
     """
     with progress.show():
         found = mc.compare(
@@ -57,20 +68,23 @@ def compare(  # noqa: PLR0913 (one parameter per option)
             per=_names(per),  # type: ignore[arg-type]
             seeds=seeds,
             share=share,
-            fits=mc.HSDL(atoms=numbers("atoms", atoms)),
+            fits=None if fits is None else _fits(fits),
             tasks=tuple(tasks or ()),
             task_folder=task_folder,
             limit=limit,
+            probe_tokens=probe_tokens,
             context=context,
             batch_size=batch_size,
             dtype=dtype,
             overwrite=overwrite,
         )
-    figure = mc.comparison_figure(found)
-    figure.write_html(out / SHOWN, include_plotlyjs=True, config={"displayModeBar": False})
+    page = mc.comparison_page(found, out / SHOWN, overwrite=True)
     for measure in found.measures:
         _print(found.standings(measure), measure)
+        for note in found.notes(measure):
+            typer.echo(note)
     typer.echo(f"{out}: {found!r}")
+    typer.echo(f"page: {page}")
 
 
 def _names(text: str) -> list[str]:
@@ -84,6 +98,29 @@ def _shares(text: str) -> list[float]:
         raise SettingsError("drops", text, "shares between commas, such as 0.25,0.5") from cause
 
 
+def _fits(path: Path) -> dict[str, mc.HSDL]:
+    """The fits in a YAML file: a name for each, and settings of HSDL."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as cause:
+        first = next(iter(str(cause).splitlines()), "")
+        raise DataError(f"{path} cannot be read as YAML ({first}); write {_FITS}") from cause
+    if not isinstance(found, dict) or not all(isinstance(one, dict) for one in found.values()):
+        raise DataError(f"{path} does not hold names with settings of fits; write {_FITS}")
+    if not found:
+        raise DataError(f"{path} holds no fit; write {_FITS}")
+    return {str(name): _fit(one) for name, one in found.items()}
+
+
+def _fit(settings: dict[str, Any]) -> mc.HSDL:
+    known = [name for name in mc.HSDL().get_params() if name != "seed"]  # each calibration has one
+    for name in settings:
+        if name not in known:
+            raise unknown_name("setting of a fit", name, known)
+    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
+    return mc.HSDL(**given)
+
+
 def _print(table: pl.DataFrame, measure: str) -> None:
     """One table per budget and share, the best criterion first."""
     from rich.console import Console
@@ -91,14 +128,9 @@ def _print(table: pl.DataFrame, measure: str) -> None:
 
     unit = "nats a token" if measure == "loss" else "share of questions"
     for (per, drop), part in table.group_by("per", "drop", maintain_order=True):
-        best, critical = part["criterion"][0], part["critical"][0]
-        shown = Table(
-            title=f"{measure}: cost of dropping {drop:.1%} per {per}, {unit}",
-            caption=None
-            if critical != critical  # not a number: one domain has no ranks to tell apart
-            else f"ranks that differ by less than {critical:.2f} are not told apart",
-            title_justify="left",
-        )
+        best = part["criterion"][0]
+        title = f"{measure}: cost of dropping {drop:.1%} per {per}, {unit}"
+        shown = Table(title=title, title_justify="left")
         for column in ("criterion", "cost", "95 %", f"more than {best}", "95 %", "mean rank"):
             shown.add_column(column, justify="left" if column == "criterion" else "right")
         for row in part.iter_rows(named=True):

@@ -18,6 +18,7 @@ from moecollab.cli.options import (
     PerScores,
     Seed,
     decimals,
+    model_path,
     say,
 )
 
@@ -49,7 +50,10 @@ def plan(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Option(help="JSON of experts that go, {layer: [ids]}, or a plan")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the whole model, for --memory-gb")
+        str | None,
+        typer.Option(
+            help="Folder or hub name of the whole model, for --memory-gb", callback=model_path
+        ),
     ] = None,
     similarity: Annotated[
         Path | None, typer.Option(help=".npy of (layers, experts, experts), for --per similarity")
@@ -77,6 +81,20 @@ def plan(  # noqa: PLR0913 (one parameter per option)
         overwrite=overwrite,
     )
     say(f"{out}: {found!r}")
+
+
+def export(
+    ranked: Annotated[Path, typer.Argument(help="File made by score or plan")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Writes ranked lists of experts, for engines that prune while they load.
+
+    Example: moecollab export run/plan.json --out run/ranking.jsonl
+    """
+    found = mc.export_ranking(ranked, out, overwrite=overwrite)
+    n_experts = len(next(iter(found.values())))
+    say(f"{out}: {n_experts} experts of each of {len(found)} layers, best first")
 
 
 def blend(

@@ -12,7 +12,8 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
-from moecollab.cli.deciding import agreement, blend, plan, uncertainty
+from moecollab.cli.cutting import mask, prune
+from moecollab.cli.deciding import agreement, blend, export, plan, uncertainty
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -23,7 +24,6 @@ from moecollab.cli.options import (
     Model,
     Out,
     Overwrite,
-    PlanFile,
     Recorded,
     Rows,
     Seed,
@@ -31,6 +31,7 @@ from moecollab.cli.options import (
     Tokens,
     Weights,
     held,
+    model_path,
     numbers,
     sums,
 )
@@ -76,6 +77,9 @@ def extract(  # noqa: PLR0913 (one parameter per option)
     A run that was stopped goes on where it was when started again with the same options.
 
     Example: moecollab extract models/olmoe calibration.jsonl --out run/activations
+
+    Without a model of your own: moecollab demo, then moecollab extract embedded
+    demo-run/calibration.jsonl --out run/activations
     """
     with progress.show():
         acts = mc.extract(
@@ -206,7 +210,10 @@ def score(  # noqa: PLR0913 (one parameter per option)
         Path | None, typer.Argument(help="Folder made by extract; not needed to score weights")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub name, for criteria that read or run it")
+        str | None,
+        typer.Option(
+            help="Folder or hub name, for criteria that read or run it", callback=model_path
+        ),
     ] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Text for criteria that run the model")
@@ -243,41 +250,6 @@ def score(  # noqa: PLR0913 (one parameter per option)
     _say(f"{out}: {found!r}")
 
 
-def mask(
-    model: Model,
-    plan: PlanFile,
-    out: Out,
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-) -> None:
-    """Writes a small folder that stands for the model with the dropped experts switched off.
-
-    No weights are copied; extract and evaluate take the folder as a model.
-
-    Example: moecollab mask models/olmoe run/plan.json --out run/masked
-    """
-    mc.mask(model, plan, dtype=dtype, out=out, overwrite=overwrite)
-    _say(f"{out}: {model} masked by {plan}")
-
-
-def prune(
-    model: Model,
-    plan: PlanFile,
-    out: Out,
-    equalise: Annotated[
-        bool, typer.Option("--equalise", help="Cut a per-model plan to equal counts per layer")
-    ] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Cuts the dropped experts out and writes a smaller checkpoint.
-
-    Example: moecollab prune models/olmoe run/plan.json --out run/pruned
-    """
-    with progress.show():
-        mc.prune(model, plan, out=out, equalise=equalise, overwrite=overwrite)
-    _say(f"{out}: {model} without the experts that {plan} drops")
-
-
 def evaluate(  # noqa: PLR0913 (one parameter per option)
     model: Model,
     out: Out,
@@ -297,6 +269,9 @@ def evaluate(  # noqa: PLR0913 (one parameter per option)
 
     Example: moecollab evaluate run/pruned --corpus held_out.jsonl --tasks arc_easy --limit 200
     --out run/evaluations/pruned.json
+
+    Without a model of your own: moecollab demo, then moecollab evaluate embedded
+    --corpus demo-run/held_out.jsonl --out run/embedded.json
     """
     with progress.show():
         found = mc.evaluate(
@@ -363,6 +338,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     agreement,
     blend,
     plan,
+    export,
     iterate,
     mask,
     prune,

@@ -15,7 +15,7 @@ from moecollab import criteria
 from moecollab.criteria.base import SUMMED, Criterion, Evidence, Needs, check_needs, needs_of
 from moecollab.criteria.probe import Shape, Text, check_same, read_probe
 from moecollab.criteria.scores import Scores
-from moecollab.errors import MissingInputError, SettingsError, ShapeError, StaleInputError
+from moecollab.errors import SHARE, MissingInputError, SettingsError, ShapeError, StaleInputError
 from moecollab.manifest import refuse_existing
 from moecollab.record.activations import Activations
 from moecollab.record.counts import RoutingCounts, open_recorded
@@ -124,7 +124,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
 
 def _check_settings(drop: float, seed: int, tokens: int | None) -> None:
     if not 0 <= drop < 1:
-        raise SettingsError("drop", drop, "in [0, 1)")
+        raise SettingsError("drop", drop, SHARE)
     if seed < 0:
         raise SettingsError("seed", seed, "at least 0")
     if tokens is not None and tokens < 1:

@@ -139,7 +139,7 @@ def _task_numbers(result: TaskResult, other: TaskResult | None, seed: int) -> di
         alone = _numbers(np.zeros(1), np.ones(1), None, seed)
         return alone | {"value": result.value}
     values = np.asarray(result.values, dtype=np.float64)
-    same = other is not None and other.values and other.questions == result.questions
+    same = other is not None and other.values and result.asked_as(other)
     reference = np.asarray(other.values, dtype=np.float64) if other is not None and same else None
     return _numbers(values, np.ones_like(values), reference, seed)
 

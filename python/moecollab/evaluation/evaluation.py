@@ -13,7 +13,7 @@ import polars as pl
 
 from moecollab.errors import DataError, MissingInputError, SettingsError
 from moecollab.evaluation.intervals import Interval, ratio_interval
-from moecollab.evaluation.tasks import TaskResult, load_tasks, run_tasks
+from moecollab.evaluation.tasks import Exam, TaskResult, load_tasks
 from moecollab.manifest import check_manifest, manifest, read_json, refuse_existing, write_json
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     from moecollab.record.corpus import read_corpus
 
     text = None if corpus is None else read_corpus(corpus)
-    chosen = load_tasks(tasks, task_folder, seed=seed) if tasks else None
+    chosen = load_tasks(tasks, task_folder, limit=limit, seed=seed) if tasks else None
     subject = open_subject(model, tokenizer, dtype)
     window = window_of(subject.model.config, context)
     documents, skipped = None, 0
@@ -223,11 +223,11 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
         skipped = held_out.skipped
     results: tuple[TaskResult, ...] = ()
     if chosen is not None:
-        results = run_tasks(
-            subject.model, subject.tokenizer, chosen, limit=limit, batch_size=batch_size, seed=seed
-        )
+        exam = Exam(subject.model, subject.tokenizer, chosen, batch_size=batch_size, seed=seed)
+        results = exam.results()
     settings = {"tasks": list(tasks), "limit": limit, "batch_size": batch_size, "context": window}
     inputs = {"model": subject.digest} | ({} if text is None else {"corpus": text.digest})
+    inputs |= {} if chosen is None else {"tasks": chosen.digest}
     found = Evaluation(
         name=name or subject.name,
         model=subject.path,

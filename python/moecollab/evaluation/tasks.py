@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
@@ -14,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from moecollab.errors import DataError, MissingInputError, MoeCollabError, SettingsError
-from moecollab.manifest import digest_json
+from moecollab.manifest import digest_bytes, digest_json
+from moecollab.progress import track
 
 BOOTSTRAP = 1_000
 """Resamples behind the standard error of a metric that is no mean."""
@@ -41,7 +44,10 @@ class TaskResult:
     values : tuple of float
         The metric on each question where its mean is the value, or else empty.
     questions : str
-        Digest of the questions asked; results with the same one can be paired.
+        Digest of the documents asked about, where there are `values`.
+    prompts : str
+        Digest of what the model was given to read and of the right answers; empty in files of
+        before it was kept.
     """
 
     task: str
@@ -54,16 +60,64 @@ class TaskResult:
     n_original: int
     values: tuple[float, ...] = ()
     questions: str = ""
+    prompts: str = ""
+
+    def asked_as(self, other: TaskResult) -> bool:
+        """Whether both were asked the same in the same words, so that they can be paired."""
+        known = {result.prompts for result in (self, other) if result.prompts}
+        return self.questions == other.questions and len(known) < 2
 
     def as_json(self) -> dict[str, Any]:
         """The result as plain data."""
         return asdict(self) | {"values": list(self.values)}
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Tasks whose requests are built, so that every model is asked the very same.
+
+    Parameters
+    ----------
+    loaded : object
+        lm-eval's own dictionary of tasks and groups.
+    built : mapping of task name to requests
+        What each task asks, few-shot examples and all.
+    limit : int or None
+        Questions of each task.
+    """
+
+    loaded: Any
+    built: Mapping[str, Sequence[Any]]
+    limit: int | None
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything asked, and of how it is judged."""
+        tasks = self.loaded["tasks"]
+        asked = {
+            name: _prompts(_asked(tasks[name], request) for request in built)
+            for name, built in self.built.items()
+        }
+        metrics = {name: sorted(map(str, task.aggregation())) for name, task in tasks.items()}
+        return digest_json({"asked": asked, "metrics": metrics})
+
+    def renew(self) -> None:
+        """Takes back all answers."""
+        for name, task in self.loaded["tasks"].items():
+            fresh = [replace(one, resps=[], filtered_resps={}) for one in self.built[name]]
+            task._instances = fresh
+            # lm-eval would build them again for every model, and draw other examples each time.
+            task.build_all_requests = _do_nothing
+
+
 def load_tasks(
-    tasks: Sequence[str], task_folder: str | PathLike[str] | None = None, *, seed: int = 0
-) -> Any:  # noqa: ANN401 (lm-eval's own dictionary of tasks and groups)
-    """The tasks with their data, ready for :func:`run_tasks`.
+    tasks: Sequence[str],
+    task_folder: str | PathLike[str] | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Questions:
+    """The questions of some tasks, ready for an :class:`Exam`.
 
     Parameters
     ----------
@@ -71,6 +125,8 @@ def load_tasks(
         Names of tasks or groups in `task_folder` or, if one is not there, of lm-eval.
     task_folder : path, optional
         Folder of YAML tasks.
+    limit : int, optional
+        Questions of each task; all if not given.
     seed : int
         Seed of the choice of few-shot examples.
 
@@ -83,6 +139,25 @@ def load_tasks(
     DataError
         When lm-eval fails on a task for another reason.
     """
+    from moecollab.evaluation.answering import hushed
+
+    with hushed(), track("reading tasks", len(tasks)):
+        loaded = _load(tasks, task_folder)
+        built = {}
+        try:
+            for name, task in loaded["tasks"].items():
+                if task.get_config("num_fewshot") is None:
+                    task.set_config("num_fewshot", 0)
+                task.set_fewshot_seed(seed=seed)
+                task.build_all_requests(limit=limit)
+                built[name] = tuple(task.instances)
+        except Exception as cause:
+            raise _failure(tasks, cause) from cause
+    return Questions(loaded, built, limit)
+
+
+def _load(tasks: Sequence[str], task_folder: str | PathLike[str] | None) -> Any:  # noqa: ANN401
+    """lm-eval's own dictionary of tasks and groups, with their data."""
     manager = _manager(tasks, task_folder)
     unknown = [name for name in tasks if name not in manager.task_index]
     if unknown:
@@ -90,7 +165,7 @@ def load_tasks(
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise SettingsError("task", unknown[0], f"a task of lm-eval or of task_folder{hint}")
     try:
-        loaded = manager.load(list(tasks))
+        return manager.load(list(tasks))
     except OSError as cause:
         raise MissingInputError(
             f"the data of {', '.join(tasks)} cannot be had ({_first_line(cause)}); connect once to "
@@ -98,31 +173,91 @@ def load_tasks(
         ) from cause
     except Exception as cause:
         raise _failure(tasks, cause) from cause
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config("num_fewshot", 0)
-        task.set_fewshot_seed(seed=seed)
-    return loaded
 
 
-def run_tasks(
-    model: Any,  # noqa: ANN401 (any causal language model)
-    tokenizer: Any,  # noqa: ANN401 (any tokenizer)
-    loaded: Any,  # noqa: ANN401 (lm-eval's own dictionary of tasks and groups)
-    *,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
-) -> tuple[TaskResult, ...]:
-    """Every metric of the loaded tasks, sorted by task, metric and filter.
+def _do_nothing(**_: object) -> None:
+    """Stands for building requests that are there already."""
 
-    Raises
-    ------
-    DataError
-        When lm-eval fails.
+
+class Exam:
+    """One model and what it is asked; the model may be masked in another way each time.
+
+    Parameters
+    ----------
+    model, tokenizer : causal language model and its tokenizer
+        Loaded; neither they nor any global seed are changed.
+    questions : Questions
+        What :func:`load_tasks` gave.
+    batch_size : int
+        Rows per forward pass, at least 1; more if they are short.
+    seed : int
+        Seed of what the model draws, where a task lets it.
     """
-    found = _run(model, tokenizer, loaded, limit=limit, batch_size=batch_size, seed=seed)
-    return tuple(sorted(_results(found), key=lambda row: (row.task, row.metric, row.filter)))
+
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 (any causal language model)
+        tokenizer: Any,  # noqa: ANN401 (any tokenizer)
+        questions: Questions,
+        *,
+        batch_size: int,
+        seed: int = 0,
+    ) -> None:
+        from moecollab.evaluation.answering import Respondent
+
+        self.model, self.questions, self.seed = model, questions, seed
+        with _as_it_was(model):
+            self._respondent = Respondent(model, copy.deepcopy(tokenizer), batch_size)
+
+    def results(self) -> tuple[TaskResult, ...]:
+        """Every metric of the tasks as the model stands, sorted by task, metric and filter.
+
+        Raises
+        ------
+        DataError
+            When lm-eval fails.
+        """
+        found = tuple(_results(self._run()))
+        return tuple(sorted(found, key=lambda row: (row.task, row.metric, row.filter)))
+
+    def _run(self) -> Mapping[str, Any]:
+        """lm-eval's results."""
+        import torch
+        from lm_eval.evaluator import evaluate
+
+        from moecollab.evaluation.answering import hushed
+
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        questions = self.questions
+        questions.renew()
+        try:
+            with hushed(), _as_it_was(self.model), torch.random.fork_rng(devices=devices):
+                torch.manual_seed(self.seed)
+                self.model.eval()
+                found = evaluate(
+                    self._respondent,
+                    questions.loaded,
+                    limit=questions.limit,
+                    bootstrap_iters=BOOTSTRAP,
+                    log_samples=True,
+                )
+        except MoeCollabError:
+            raise
+        except Exception as cause:
+            raise _failure(sorted(questions.built), cause) from cause
+        if found is None:
+            raise DataError("lm-eval gives results on the first process only; run evaluate there")
+        return dict(found)
+
+
+@contextmanager
+def _as_it_was(model: Any) -> Iterator[None]:  # noqa: ANN401 (any causal language model)
+    """Puts the model back into its own mode at the end."""
+    training = model.training
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _manager(tasks: Sequence[str], task_folder: str | PathLike[str] | None) -> Any:  # noqa: ANN401
@@ -142,42 +277,6 @@ def _manager(tasks: Sequence[str], task_folder: str | PathLike[str] | None) -> A
         raise _failure(tasks, cause) from cause
 
 
-def _run(
-    model: Any,  # noqa: ANN401 (any causal language model)
-    tokenizer: Any,  # noqa: ANN401 (any tokenizer)
-    loaded: Any,  # noqa: ANN401 (lm-eval's own dictionary of tasks and groups)
-    *,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
-) -> Mapping[str, Any]:
-    """lm-eval's results; neither the tokenizer nor any global seed is changed."""
-    import torch
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    training = model.training
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            wrapped = HFLM(
-                pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
-            )
-            found = evaluate(
-                wrapped, loaded, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=True
-            )
-    except MoeCollabError:
-        raise
-    except Exception as cause:
-        raise _failure(sorted(loaded["tasks"]), cause) from cause
-    finally:
-        model.train(training)
-    if found is None:
-        raise DataError("lm-eval gives results on the first process only; run evaluate there")
-    return dict(found)
-
-
 def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
     """One result per task, metric and filter."""
     for task, metrics in found["results"].items():
@@ -189,6 +288,7 @@ def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
             if not comma or metric.endswith("_stderr"):
                 continue
             values, questions = _per_question(samples, metric, chosen, value)
+            own = [row for row in samples if row["filter"] == chosen]
             yield TaskResult(
                 task=task,
                 metric=metric,
@@ -200,6 +300,7 @@ def _results(found: Mapping[str, Any]) -> Iterator[TaskResult]:
                 n_original=int(counts["original"]),
                 values=values,
                 questions=questions,
+                prompts=_prompts((row["doc_id"], row["arguments"], row["target"]) for row in own),
             )
 
 
@@ -217,6 +318,16 @@ def _per_question(
     if not math.isclose(float(np.mean(known)), mean, rel_tol=1e-9, abs_tol=1e-12):
         return (), ""
     return known, digest_json([[row["doc_id"], row["doc_hash"]] for row in rows])
+
+
+def _asked(task: Any, request: Any) -> tuple[object, ...]:  # noqa: ANN401 (lm-eval's own)
+    """What one request says, and the right answer."""
+    return request.doc_id, request.idx, request.args, task.doc_to_target(request.doc)
+
+
+def _prompts(asked: Iterable[object]) -> str:
+    """Digest of what was asked."""
+    return digest_bytes(json.dumps(list(asked), default=str, sort_keys=True).encode())
 
 
 def _finite(value: object) -> float | None:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
-from moecollab.errors import SettingsError
+from moecollab.errors import SHARE, SettingsError
 
 Per: TypeAlias = Literal["layer", "model", "entropy", "similarity"]
 AMOUNTS = ("drop", "experts", "mass", "memory_gb")
 """Ways to say how much; a budget has one of them, or none where a drop-list says it."""
 
 _NUMBERS: dict[str, tuple[type[Any], Callable[[Any], bool], str]] = {
-    "drop": (Real, lambda share: 0 <= share < 1, "a share in [0, 1), such as 0.25"),
+    "drop": (Real, lambda share: 0 <= share < 1, SHARE),
     "experts": (Integral, lambda n: n >= 1, "a whole number, 1 or more"),
     "mass": (Real, lambda share: 0 < share <= 1, "a share in (0, 1], such as 0.9"),
     "memory_gb": (Real, lambda size: 0 < size < math.inf, "above 0 and finite"),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecollab.criteria.scores import Scores, load_scores
-from moecollab.errors import DataError, PlanError, SettingsError
+from moecollab.errors import SHARE, DataError, MissingInputError, PlanError, SettingsError
 from moecollab.manifest import refuse_existing
 from moecollab.models.groups import RouterGroups
 from moecollab.pruning.allocation import Allocation
@@ -107,7 +107,10 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
     found = scores if isinstance(scores, Scores) else load_scores(scores)
     doomed = read_sites("drop_list", drop_list, found)
     if not budget.amount and not doomed:
-        raise SettingsError("budget", None, f"given: one of {', '.join(AMOUNTS)}, or drop_list")
+        raise MissingInputError(
+            f"how much goes is not said; give one of {', '.join(AMOUNTS)} (drop is {SHARE}), or "
+            "drop_list"
+        )
     if budget.drop is not None:
         check_made_for(found, budget.drop)
     protected = read_sites("keep", keep, found)

@@ -16,7 +16,7 @@ from moecollab.criteria.base import Criterion, Evidence, Needs
 from moecollab.criteria.scores import Scores
 from moecollab.criteria.scoring import score
 from moecollab.criteria.spread import Spread
-from moecollab.errors import SettingsError, ShapeError
+from moecollab.errors import SHARE, MissingInputError, SettingsError, ShapeError
 from moecollab.manifest import refuse_existing
 from moecollab.patterns.collaboration import Collaboration
 from moecollab.progress import track
@@ -254,7 +254,7 @@ def _check_criterion(criterion: Criterion, budget: Budget) -> None:
             "criterion", criterion.name, f"{allowed}, and this reads parameters; {advice}"
         )
     if not budget.amount:
-        raise SettingsError("budget", None, "given: drop, experts or mass")
+        raise MissingInputError(f"how much goes is not said; give drop ({SHARE}), experts or mass")
     if criterion.by_drop and budget.drop is None:
         raise SettingsError(
             "budget", budget.amount, f"drop for {criterion.name}, which ranks for one share"

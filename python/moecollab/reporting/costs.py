@@ -12,7 +12,7 @@ from moecollab.evaluation.differences import LOSS, differences
 from moecollab.evaluation.evaluation import Evaluation
 from moecollab.reporting.numbers import percent, signed
 
-NAMES = {"caep": "CAEP", "reap": "REAP", "gate_sum": "gate sum"}
+NAMES = {"caep": "CAEP", "reap": "REAP", "easy_ep": "EASY-EP"}
 BASELINES = ("full", "before", "baseline", "original")
 _NAME = re.compile(r"(?P<criterion>[a-z][a-z0-9_]*)-(?P<percent>\d{1,2})(?:-(?P<rest>.+))?")
 

@@ -14,7 +14,7 @@ from moecollab.reporting.levels import LevelView
 from moecollab.reporting.numbers import Ledger, Number, sentence
 
 BUSY = 0.1
-OURS, CHANCE = "caep", "random"
+CHANCE = "random"
 
 
 def use_finding(use: ExpertUse, drops: Drops | None, ledger: Ledger) -> Markup:
@@ -54,21 +54,36 @@ def pattern_finding(level: LevelView, ledger: Ledger) -> Markup:
 
 
 def cost_findings(
-    costs: Costs, evaluations: Mapping[str, Evaluation], ledger: Ledger
+    costs: Costs,
+    evaluations: Mapping[str, Evaluation],
+    ledger: Ledger,
+    chosen: str | None = None,
 ) -> list[Markup]:
-    """What each fraction costs: by CAEP against chance and the best, or by the best alone."""
+    """What each fraction costs: by the plan's criterion against chance and the best, or the best.
+
+    Parameters
+    ----------
+    costs : Costs
+        All costs.
+    evaluations : mapping of str to Evaluation
+        What they were computed from.
+    ledger : Ledger
+        Takes the numbers.
+    chosen : str, optional
+        Criterion of the plan that the page is about.
+    """
     found = []
     for drop in costs.drops:
-        ours, chance = costs.of(OURS, drop), costs.of(CHANCE, drop)
+        ours, chance = costs.of(chosen or "", drop), costs.of(CHANCE, drop)
         best = costs.at(drop)[0]
         if ours is None:
             found.append(_alone(best, ledger))
             continue
-        line = _of_caep(ours, chance, ledger)
-        others = [one for one in costs.at(drop) if one.criterion not in (OURS, CHANCE)]
-        if best.criterion not in (OURS, CHANCE):
-            line += _better(best, ledger)
-        elif best.criterion == OURS and others:
+        line = _of_chosen(ours, chance, ledger)
+        others = [one for one in costs.at(drop) if one.criterion not in (chosen, CHANCE)]
+        if best.criterion not in (chosen, CHANCE):
+            line += _better(ours, best, ledger)
+        elif best.criterion == chosen and others:
             line += Markup(" No other criterion tried costs less.")
         pairs = [chance, *others[:1]]
         gaps = [_gap(ours, other, evaluations, ledger) for other in pairs if other is not None]
@@ -76,10 +91,11 @@ def cost_findings(
     return found
 
 
-def _of_caep(ours: Cost, chance: Cost | None, ledger: Ledger) -> Markup:
+def _of_chosen(ours: Cost, chance: Cost | None, ledger: Ledger) -> Markup:
     found = sentence(
-        "Dropping the {} of experts that CAEP ranks lowest costs <b>{}</b> nats per token",
+        "Dropping the {} of experts that {} ranks lowest costs <b>{}</b> nats per token",
         _fraction(ours, ledger),
+        pretty(ours.criterion),
         _added(ours, ledger),
     )
     if chance is None:
@@ -87,9 +103,14 @@ def _of_caep(ours: Cost, chance: Cost | None, ledger: Ledger) -> Markup:
     return found + sentence("; dropping random ones costs <b>{}</b>.", _added(chance, ledger))
 
 
-def _better(best: Cost, ledger: Ledger) -> Markup:
-    cost = _added(best, ledger)
-    return sentence(" CAEP is not the best here: {} costs <b>{}</b>.", pretty(best.criterion), cost)
+def _better(ours: Cost, best: Cost, ledger: Ledger) -> Markup:
+    name = pretty(ours.criterion)
+    return sentence(
+        " {} is not the best here: {} costs <b>{}</b>.",
+        name[:1].upper() + name[1:],
+        pretty(best.criterion),
+        _added(best, ledger),
+    )
 
 
 def _alone(best: Cost, ledger: Ledger) -> Markup:
@@ -106,13 +127,13 @@ def _gap(ours: Cost, other: Cost, evaluations: Mapping[str, Evaluation], ledger:
     found = gap(evaluations, ours, other)
     key = f"gap.{ours.name}.{other.name}"
     middle = ledger.change(f"{key}.difference", found.difference)
-    name = pretty(other.criterion)
+    pair = f"{pretty(ours.criterion)} \N{MINUS SIGN} {pretty(other.criterion)}"
     if found.low is None or found.high is None:
-        return sentence("CAEP − {}: {} (one text, so no interval).", name, middle)
+        return sentence("{}: {} (one text, so no interval).", pair, middle)
     low = ledger.change(f"{key}.low", found.low)
     high = ledger.change(f"{key}.high", found.high)
     note = "; may be chance" if found.low <= 0 <= found.high else ""
-    return sentence("CAEP − {}: {} (95\u202f% interval {} to {}{}).", name, middle, low, high, note)
+    return sentence("{}: {} (95\u202f% interval {} to {}{}).", pair, middle, low, high, note)
 
 
 def _fraction(cost: Cost, ledger: Ledger) -> Number:

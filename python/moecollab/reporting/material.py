@@ -100,12 +100,14 @@ def _files(folder: Path | None, name: str, pattern: str) -> list[FilePath]:
 
 
 def _plan_file(folder: Path | None) -> Path | None:
-    """The chosen plan, or else CAEP's smallest cut, or else the first plan there is."""
+    """The chosen plan, or else the smallest cut by coverage, or else the first plan there is."""
     lone = _inside(folder, "plan.json")
     if lone is not None:
         return lone
     plans = [Path(path) for path in _files(folder, "plans", "*.json")]
-    return min(plans, key=lambda path: (not path.stem.startswith("caep"), path.stem), default=None)
+    return min(
+        plans, key=lambda path: (not path.stem.startswith("coverage-"), path.stem), default=None
+    )
 
 
 def _scores(given: GivenScores) -> tuple[Scores, ...]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from moecollab import criteria
@@ -37,6 +35,7 @@ from moecollab.reporting.material import (
 from moecollab.reporting.numbers import Ledger
 from moecollab.reporting.pattern_cards import membership
 from moecollab.reporting.sureness import Agreement, Sureness, agreement_of, sureness_of
+from moecollab.reporting.templating import script_json, template
 
 MOST_DOMAINS = 24
 """Domains that maps show; more cannot be told apart."""
@@ -120,17 +119,10 @@ def render(material: Material, title: str | None = None) -> str:
     """The page as text."""
     ledger = Ledger()
     view = _view(material, title, ledger)
-    environment = Environment(
-        loader=PackageLoader("moecollab.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         view=view,
         n=ledger,
-        numbers=lambda: _script_json(ledger.values),
+        numbers=lambda: script_json(ledger.values),
         plotly=Markup(plotly_script()),
         same_text=provenance.same_text(material),
         made=provenance.made(material),
@@ -177,12 +169,18 @@ def _title(material: Material) -> str:
 def _with_findings(view: View, ledger: Ledger) -> View:
     found: list[Markup] = []
     if view.costs is not None:
-        found += cost_findings(view.costs, view.material.evaluations, ledger)
+        found += cost_findings(view.costs, view.material.evaluations, ledger, _chosen(view))
     if view.levels:
         found.append(pattern_finding(view.levels[0], ledger))
     if view.use is not None:
         found.append(use_finding(view.use, view.drops, ledger))
     return replace(view, findings=tuple(found))
+
+
+def _chosen(view: View) -> str | None:
+    """Criterion of the plan that the page is about."""
+    plan = view.material.plan
+    return None if plan is None else plan.criterion
 
 
 def _figures(view: View) -> dict[str, Markup]:
@@ -201,7 +199,7 @@ def _figures(view: View) -> dict[str, Markup]:
     if view.agreement is not None:
         drawn["agreement"] = agreement_map(view.agreement)
     if view.costs is not None and view.costs.overall:
-        drawn["cost"] = cost_dots(view.costs)
+        drawn["cost"] = cost_dots(view.costs, _chosen(view))
         if view.costs.by_domain:
             drawn["cost-by-domain"] = cost_map(view.costs)
     rounds = None if collab is None else fit_history(collab.history, collab.settings)
@@ -217,9 +215,3 @@ def _criterion_line(name: str) -> str:
         return criteria.get(name).form["summary"]
     except MoeCollabError:
         return ""
-
-
-def _script_json(values: dict[str, float]) -> Markup:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(values, sort_keys=True, indent=0, ensure_ascii=True, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moecollab import criteria
+from moecollab.criteria.base import Needs
 from moecollab.record.activations import Activations
 from moecollab.reporting.material import Material
 
@@ -84,7 +86,7 @@ def _commands(material: Material) -> Iterator[str]:
         )
     if plan is not None:
         name = shlex.quote(plan.criterion)
-        needs = " --collaboration run/collaboration" if plan.criterion == "caep" else ""
+        needs = " --collaboration run/collaboration" if _reads_patterns(plan.criterion) else ""
         drop = f"{plan.drop:g}"
         asked = {"drop": plan.drop} if plan.budget is None else plan.budget.as_json()
         if plan.sureness is None:
@@ -147,3 +149,8 @@ def _plain(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _reads_patterns(name: str) -> bool:
+    """Whether a criterion needs patterns; one that is not registered here is taken not to."""
+    return name in criteria.names() and Needs.COLLABORATION in criteria.get(name).needs

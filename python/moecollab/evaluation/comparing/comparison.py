@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import polars as pl
 
 from moecollab.errors import DataError
 from moecollab.evaluation.comparing.measuring import FULL
+from moecollab.evaluation.comparing.notes import notes
 from moecollab.evaluation.comparing.standing import Standing, standings
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
+from moecollab.evaluation.tasks import TaskResult
 from moecollab.manifest import MANIFEST, check_manifest, open_whole, read_json
 
 LOSS = "loss"
@@ -50,10 +53,14 @@ class Comparison:
         metric), item (document or question), domain, size (predicted tokens, or 1), value (summed
         nats, or the metric) and worse (how much worse than the full model's, in the same unit,
         summed). The full model is the cut "full".
+    about : mapping
+        The manifest: settings, digests of inputs, versions, and under "measured" the sizes of the
+        model and of the calibrations.
     """
 
     cells: pl.DataFrame
     values: pl.DataFrame
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def measures(self) -> list[str]:
@@ -95,6 +102,10 @@ class Comparison:
         """
         return standings(self, Standing(measure=measure, reference=reference, seed=seed))
 
+    def notes(self, measure: str = LOSS) -> list[str]:
+        """Sentences for the foot of `standings`: how far ranks and intervals can be trusted."""
+        return notes(self, self.about, measure)
+
     def write(self, folder: Path) -> None:
         """Writes the tables into a folder."""
         for name, table in (("cells.parquet", self.cells), ("values.parquet", self.values)):
@@ -116,21 +127,30 @@ def tidy(cells: pl.DataFrame, measured: Path) -> Comparison:
     """The comparison of some cells, from the files of their cuts."""
     whole = load_evaluation(measured / f"{FULL}.json")
     full = _rows(FULL, whole)
-    parts = [full.select(list(VALUES))]
+    parts, asked = [full.select(list(VALUES))], _results(whole)
     for name in cells["cut"].unique(maintain_order=True):
         cut = load_evaluation(measured / f"{name}.json")
-        if _questions(cut) != _questions(whole):
-            raise DataError(
-                f"cut {name} answered other questions than the full model; the tasks changed since "
-                "the run began, so pass overwrite=True (--overwrite) to start anew"
-            )
+        asked = _asked_alike(asked, cut, name)
         parts.append(_against(_rows(name, cut), full, name))
     return Comparison(cells, pl.concat(parts).cast(VALUES))  # type: ignore[arg-type]
 
 
-def _questions(found: Evaluation) -> list[tuple[str, str, str, str]]:
-    """Every task with the digest of its questions."""
-    return [(task.task, task.metric, task.filter, task.questions) for task in found.tasks]
+def _results(found: Evaluation) -> dict[tuple[str, str, str], TaskResult]:
+    return {(task.task, task.metric, task.filter): task for task in found.tasks}
+
+
+def _asked_alike(
+    asked: dict[tuple[str, str, str], TaskResult], cut: Evaluation, name: str
+) -> dict[tuple[str, str, str], TaskResult]:
+    """What is known of the questions so far, or DataError when the cut was asked others."""
+    own = _results(cut)
+    if own.keys() != asked.keys() or any(not asked[key].asked_as(own[key]) for key in own):
+        raise DataError(
+            f"cut {name} answered other questions than the full model; the tasks changed since "
+            "the run began, so pass overwrite=True (--overwrite) to start anew"
+        )
+    # Files of older versions do not say in which words they asked: the first that does counts.
+    return {key: asked[key] if asked[key].prompts else own[key] for key in own}
 
 
 def _against(found: pl.DataFrame, full: pl.DataFrame, name: str) -> pl.DataFrame:
@@ -173,7 +193,8 @@ def load_comparison(path: str | PathLike[str]) -> Comparison:
         When the folder is something else.
     """
     folder = Path(path)
-    check_manifest(read_json(folder / MANIFEST), "comparison", 1, folder)
+    about = read_json(folder / MANIFEST)
+    check_manifest(about, "comparison", 1, folder)
     tables = []
     for name, schema in TABLES.items():
         try:
@@ -185,4 +206,4 @@ def load_comparison(path: str | PathLike[str]) -> Comparison:
         if dict(table.schema) != schema:
             raise DataError(f"{folder / name} has other columns than expected; run compare again")
         tables.append(table)
-    return Comparison(*tables)
+    return Comparison(tables[0], tables[1], about)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moecollab import criteria
 from moecollab.criteria.base import Criterion, Needs
-from moecollab.errors import DataError, SettingsError
+from moecollab.errors import SHARE, DataError, MissingInputError, SettingsError
 from moecollab.patterns.dictionary import HSDL
 from moecollab.pruning.budgets import Per
 from moecollab.record.corpus import Corpus
@@ -49,6 +49,12 @@ class Entry:
             raise SettingsError("criteria", name, f"with one of the fits {', '.join(fits)}")
         return cls(name, found, chosen)
 
+    @property
+    def draws(self) -> bool:
+        """Whether it may depend on the seed by more than the calibration text."""
+        needs = self.criterion.needs
+        return self.fit is not None or Needs.MODEL in needs or needs is Needs.NOTHING
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -81,15 +87,17 @@ class Grid:
         """Checks every value."""
         if not self.criteria or len(set(self.criteria)) < len(self.criteria):
             raise SettingsError("criteria", ", ".join(self.criteria), "one or more different names")
-        for drop in self.drops or (0.0,):
+        if not self.drops:
+            raise MissingInputError("no share to drop is given; give one or more, such as 0.25,0.5")
+        for drop in self.drops:
             if not 0 < drop < 1:
-                raise SettingsError("drops", self.drops, "shares in (0, 1)")
+                raise SettingsError("drops", drop, SHARE)
         if not self.per or not set(self.per) <= {"layer", "model"}:
             raise SettingsError("per", self.per, "layer, model or both")
         if self.seeds < 1:
             raise SettingsError("seeds", self.seeds, "at least 1")
         if not 0 < self.share <= 1:
-            raise SettingsError("share", self.share, "in (0, 1]")
+            raise SettingsError("share", self.share, f"{SHARE}, or 1 for all documents")
         for name in self.criteria:
             Entry.read(name, self.fits)
 
@@ -126,14 +134,18 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+def drawn(n_documents: int, share: float) -> int:
+    """How many documents of a domain a seed draws."""
+    return max(1, round(share * n_documents))
+
+
 def calibration(corpus: Corpus, share: float, seed: int) -> Corpus:
     """The documents of one seed: a share of each domain, at least one, in the corpus's order."""
     rng = np.random.default_rng([seed, 0x0CA1])
     chosen: list[int] = []
     for domain in corpus.domains:
         own = [i for i, document in enumerate(corpus.documents) if document.domain == domain]
-        size = max(1, round(share * len(own)))
-        chosen += rng.permutation(own)[:size].tolist()
+        chosen += rng.permutation(own)[: drawn(len(own), share)].tolist()
     return Corpus(tuple(corpus.documents[i] for i in sorted(chosen)))
 
 

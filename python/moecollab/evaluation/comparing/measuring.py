@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
 from moecollab.evaluation.perplexity import HeldOut, document_losses
-from moecollab.evaluation.tasks import TaskResult, run_tasks
+from moecollab.evaluation.tasks import Exam, TaskResult
 from moecollab.manifest import digest_json, manifest
 from moecollab.models.keep import Keep, read_keep
 from moecollab.models.masked import Mask
@@ -34,24 +34,20 @@ class Bench:
     ----------
     folder : Path
         Where the measurements go, a file per cut.
-    model, tokenizer : causal language model and its tokenizer
+    model : causal language model
         Loaded; masked in place while a cut is measured.
     text : HeldOut
         Held-out text.
-    tasks : object, optional
-        lm-eval's own tasks, loaded.
-    limit : int, optional
-        Questions of each task.
+    exam : Exam, optional
+        Tasks that the same model answers.
     batch_size : int
         Windows per forward pass.
     """
 
     folder: Path
     model: Any
-    tokenizer: Any
     text: HeldOut
-    tasks: Any
-    limit: int | None
+    exam: Exam | None
     batch_size: int
 
     def file(self, name: str) -> Path:
@@ -76,16 +72,7 @@ class Bench:
 
     def _measured(self, name: str, keep: Keep | None) -> Evaluation:
         losses = document_losses(self.model, self.text, batch_size=self.batch_size)
-        answers: tuple[TaskResult, ...] = ()
-        if self.tasks is not None:
-            answers = run_tasks(
-                self.model,
-                self.tokenizer,
-                self.tasks,
-                limit=self.limit,
-                batch_size=self.batch_size,
-                seed=0,
-            )
+        answers: tuple[TaskResult, ...] = () if self.exam is None else self.exam.results()
         return Evaluation(
             name=name,
             model=str(getattr(self.model, "name_or_path", "")),

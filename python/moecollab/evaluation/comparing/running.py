@@ -15,9 +15,10 @@ from moecollab.evaluation.comparing.calibrating import Calibration
 from moecollab.evaluation.comparing.comparison import CELLS, Comparison, load_comparison, tidy
 from moecollab.evaluation.comparing.grid import DEFAULT, PLAIN, Grid, calibration, check_apart
 from moecollab.evaluation.comparing.measuring import FULL, Bench, name_of
+from moecollab.evaluation.comparing.notes import alike, warn_alike
 from moecollab.evaluation.perplexity import HeldOut, window_of
 from moecollab.evaluation.subject import Subject, open_subject
-from moecollab.evaluation.tasks import load_tasks
+from moecollab.evaluation.tasks import Exam, load_tasks
 from moecollab.manifest import MANIFEST, manifest, read_json, refuse_existing, write_json
 from moecollab.patterns.dictionary import HSDL
 from moecollab.progress import track
@@ -106,6 +107,11 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
         When a criterion needs what this model's recording cannot have.
     StaleInputError
         When `out` holds a run with another model, text or other settings.
+
+    Warns
+    -----
+    CalibrationWarning
+        When the seeds calibrate on the same documents, so that intervals say little.
     """
     grid = Grid(
         criteria=DEFAULT if criteria is None else tuple(criteria),
@@ -118,7 +124,7 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
     _check_sizes(limit=limit, probe_tokens=probe_tokens, context=context, batch_size=batch_size)
     text, judge = read_corpus(corpus), read_corpus(held_out)
     check_apart(text, judge)
-    loaded_tasks = load_tasks(tasks, task_folder) if tasks else None
+    questions = load_tasks(tasks, task_folder, limit=limit) if tasks else None
     subject = open_subject(model, tokenizer, dtype)
     if subject.plan is not None:
         raise DataError(f"{subject.path} is masked already; compare criteria on the whole model")
@@ -126,18 +132,21 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
     settings = grid.as_json() | {"tasks": list(tasks), "limit": limit, "context": window}
     settings |= {"probe_tokens": probe_tokens, "batch_size": batch_size}
     inputs = {"model": subject.digest, "corpus": text.digest, "held_out": judge.digest}
+    inputs |= {} if questions is None else {"tasks": questions.digest}
     folder = _claim(Path(out), manifest(KIND, FORMAT, settings=settings, inputs=inputs), overwrite)
+    warn_alike(grid, text)
     bench = Bench(
         folder=folder / "measured",
         model=subject.model,
-        tokenizer=subject.tokenizer,
         text=HeldOut.read(subject.tokenizer, judge, window),
-        tasks=loaded_tasks,
-        limit=limit,
+        exam=None
+        if questions is None
+        else Exam(subject.model, subject.tokenizer, questions, batch_size=batch_size),
         batch_size=batch_size,
     )
     cells = _run(grid, text, subject, bench, folder, probe_tokens, window)
     tidy(cells, bench.folder).write(folder)
+    _note_sizes(folder, text, grid)
     return load_comparison(folder)
 
 
@@ -191,6 +200,8 @@ def _differs(name: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     before, now = found.get(name), wanted[name]
     if name == "fits" and isinstance(before, Mapping):
         return any(before[fit] != now[fit] for fit in before.keys() & now.keys())
+    if name == "tasks" and before is None:  # runs of before the questions' digest was kept
+        return False
     return bool(before != now)
 
 
@@ -225,6 +236,25 @@ def _run(
                 cells.append(_measured(bench, plan, seed, criterion, per, drop))
                 bar.advance()
     return pl.DataFrame(cells, schema=CELLS)
+
+
+def _note_sizes(folder: Path, text: Corpus, grid: Grid) -> None:
+    """Adds to the manifest how large the model and the calibrations were."""
+    made = [folder / f"seed-{seed}" / "activations" / MANIFEST for seed in range(grid.seeds)]
+    recorded = [read_json(file) for file in made]
+    sizes = {
+        "model": recorded[0]["model"],
+        "dtype": recorded[0]["settings"]["dtype"],
+        "fit": next(iter(grid.fits), None),
+        "calibration": {
+            "documents": [one["corpus"]["n_samples"] for one in recorded],
+            "tokens": [one["corpus"]["n_tokens"] for one in recorded],
+            "domains": len(text.domains),
+            "alike": alike(grid, text),
+        },
+    }
+    about = read_json(folder / MANIFEST) | {"measured": sizes}
+    write_json(folder / MANIFEST, about, overwrite=True)
 
 
 def _measured(

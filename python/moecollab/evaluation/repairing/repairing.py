@@ -22,7 +22,8 @@ from moecollab.models.loading import ModelLike, load_model, load_tokenizer
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import find_moe_layers
 from moecollab.pruning.plans import Plan, load_plan
-from moecollab.pruning.pruning import check_uniform, prune, write_checkpoint
+from moecollab.pruning.pruning import SHARD, check_uniform, prune, written
+from moecollab.pruning.streaming.folder import Writing
 from moecollab.record.corpus import Corpus, Source, read_corpus
 
 CONTEXT = 512
@@ -152,7 +153,10 @@ def repair(  # noqa: PLR0913 (each is a setting of the training)
     student.write()
     if out is not None:
         note = _note(model, keep) | {"repaired": found.as_json()}
-        write_checkpoint(loaded, words, model, Path(out), note, overwrite=overwrite)
+        with written(
+            loaded, words, model, Path(out), note, Writing(shard_size=SHARD, overwrite=overwrite)
+        ):
+            pass
     return found
 
 

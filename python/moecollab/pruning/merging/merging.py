@@ -16,13 +16,14 @@ from torch import nn
 from moecollab.criteria.probe import Text
 from moecollab.errors import MissingInputError, SettingsError, UnsupportedModelError, unknown_name
 from moecollab.manifest import refuse_existing
-from moecollab.models.keep import Keep, check_cut, check_keep
+from moecollab.models.keep import Keep, check_cut, check_keep, check_untied
 from moecollab.models.loading import ModelLike, load_model
 from moecollab.models.masked import PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
 from moecollab.models.stacks import expert_stacks, replace_stacks
 from moecollab.progress import track
+from moecollab.pruning.counts import count_field
 from moecollab.pruning.merging.averaging import Group, Match, average_rows, averaged
 from moecollab.pruning.merging.deciding import GroupsLike, Wanted, decided, read_wanted
 from moecollab.pruning.merging.evidence import Source
@@ -31,7 +32,8 @@ from moecollab.pruning.merging.neurons import Neurons, activity_match, find_neur
 from moecollab.pruning.merging.novices import with_novices
 from moecollab.pruning.merging.seen import SAMPLE, Seen
 from moecollab.pruning.plans import Plan
-from moecollab.pruning.pruning import check_uniform, count_field, write_checkpoint
+from moecollab.pruning.pruning import SHARD, check_uniform, written
+from moecollab.pruning.streaming.folder import Writing
 from moecollab.record.activations import Activations
 from moecollab.record.counts import RoutingCounts
 
@@ -115,6 +117,7 @@ def merge(  # noqa: PLR0913 (a method may need any of these)
     wanted = read_wanted(plan, layers)
     check_keep(wanted.keep, layers)
     check_cut(layers)
+    check_untied(loaded, layers)
     source = Source(loaded, tokenizer, activations, corpus, tokens, seed)
     with torch.no_grad(), _evaluating(loaded):
         if how == NOVICES:
@@ -124,7 +127,15 @@ def merge(  # noqa: PLR0913 (a method may need any of these)
             method = METHODS[how]
             note = _merge(loaded, layers, wanted, _adjusted(method, router, align), source)
     if out is not None:
-        write_checkpoint(loaded, tokenizer, model, Path(out), note, overwrite=overwrite)
+        with written(
+            loaded,
+            tokenizer,
+            model,
+            Path(out),
+            note,
+            Writing(shard_size=SHARD, overwrite=overwrite),
+        ):
+            pass
     return loaded
 
 

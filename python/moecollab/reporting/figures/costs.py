@@ -12,13 +12,16 @@ DEARER = ["#2f76ad", "#bcd8ea", "#ffffff", "#f8d9b3", "#e9964c"]
 """Blue where loss falls, white at no change, orange where it rises."""
 
 
-def cost_dots(costs: Costs) -> go.Figure:
-    """Loss added by each plan with its interval: a panel per fraction, the cheapest on top."""
+def cost_dots(costs: Costs, chosen: str | None = None) -> go.Figure:
+    """Loss added by each plan with its interval: a panel per fraction, the cheapest on top.
+
+    The criterion that is chosen stands out, and chance stays in the background.
+    """
     groups = costs.groups
     figure = _panels(groups, gap=54, row=30)
     for panel, (_, rows) in enumerate(groups, start=1):
         for cost in rows:
-            figure.add_trace(_cost_dot(cost), row=panel, col=1)
+            figure.add_trace(_cost_dot(cost, chosen), row=panel, col=1)
         figure.add_vline(x=0, line={"color": QUIET, "width": 1}, row=panel, col=1)
     figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     figure.update_xaxes(title_text="added loss, nats per token", row=len(groups), col=1)
@@ -42,8 +45,8 @@ def _panels(groups: tuple[tuple[str, tuple[Cost, ...]], ...], gap: int, row: int
     return styled(figure, height=height)
 
 
-def _cost_dot(cost: Cost) -> go.Scatter:
-    ours, chance = cost.criterion == "caep", cost.criterion == "random"
+def _cost_dot(cost: Cost, chosen: str | None) -> go.Scatter:
+    ours, chance = cost.criterion == chosen, cost.criterion == "random"
     return go.Scatter(
         x=[cost.difference],
         y=[escape(cost.short)],
