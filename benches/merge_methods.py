@@ -75,7 +75,9 @@ def loss(model, text: HeldOut) -> np.ndarray:
 def recorded(whole, tokenizer, documents, folder):
     """Activations of a calibration, for the criteria of the plans."""
     out = Path(folder) / "acts"
-    return mc.extract(whole, documents, out=out, tokenizer=tokenizer, tokens=2 * TOKENS)
+    return mc.extract(
+        whole, documents, out=out, tokenizer=tokenizer, tokens=2 * TOKENS, collect="shift"
+    )
 
 
 def measure(whole, tokenizer, pool, text, drop: float, seed: int) -> dict[str, np.ndarray]:
