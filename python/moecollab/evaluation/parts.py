@@ -177,7 +177,8 @@ def check_settings(
     """Raises SettingsError for a number out of range."""
     if limit is not None and limit < 1:
         raise SettingsError("limit", limit, "at least 1, or None for all questions")
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
+    wrong = batch_size < 1 if isinstance(batch_size, int) else str(batch_size) != "auto"
+    if wrong:
         raise SettingsError("batch_size", batch_size, 'at least 1, or "auto"')
     if context < 2:
         raise SettingsError("context", context, "at least 2")

@@ -39,7 +39,8 @@ class Usage:
     decode : tuple of float
         Tokens per second while writing, of every round, from the second token on.
     parameters : int
-        Numbers in the weights; those of experts that a mask switches off are among them.
+        Numbers in the weights. Experts that a mask switches off are among them; their rows of the
+        routers are not.
     weight_bytes : int
         Bytes of weights and buffers in memory.
     resident_bytes : int, optional
