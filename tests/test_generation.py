@@ -14,6 +14,7 @@ from moecollab.errors import DataError, MissingInputError, SettingsError
 from moecollab.evaluation.differences import WRITTEN, differences
 from moecollab.evaluation.evaluation import evaluate, load_evaluation
 from moecollab.evaluation.generation import Prompts, continuations, repetition
+from moecollab.manifest import write_json
 from moecollab.models.masking import mask
 from moecollab.record.corpus import read_corpus
 
@@ -153,13 +154,12 @@ def test_older_files_have_nothing_written(folder, tmp_path):
     found = evaluate(folder, corpus=TEXTS)
     older = found.as_json()
     del older["generations"], older["usage"]
-    from moecollab.manifest import write_json
-
     write_json(tmp_path / "older.json", older)
     again = load_evaluation(tmp_path / "older.json")
     assert again.generations is None
     assert again.usage is None
     assert again.repetition is None
-    write_json(tmp_path / "bad.json", found.as_json() | {"generations": {"prompt": ["a"]}})
+    empty = {name: [None] for name in ("prompt", "domain", "text", "written", "ids")}
+    write_json(tmp_path / "bad.json", found.as_json() | {"generations": empty})
     with pytest.raises(DataError, match="holds prompts that nothing was written to"):
         load_evaluation(tmp_path / "bad.json")
