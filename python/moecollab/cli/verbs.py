@@ -12,6 +12,7 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
+from moecollab.cli.cutting import mask, prune
 from moecollab.cli.deciding import agreement, blend, plan, uncertainty
 from moecollab.cli.evaluating import evaluate
 from moecollab.cli.imports import import_
@@ -24,7 +25,6 @@ from moecollab.cli.options import (
     Model,
     Out,
     Overwrite,
-    PlanFile,
     Recorded,
     Rows,
     Seed,
@@ -248,41 +248,6 @@ def score(  # noqa: PLR0913 (one parameter per option)
         overwrite=overwrite,
     )
     _say(f"{out}: {found!r}")
-
-
-def mask(
-    model: Model,
-    plan: PlanFile,
-    out: Out,
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-) -> None:
-    """Writes a small folder that stands for the model with the dropped experts switched off.
-
-    No weights are copied; extract and evaluate take the folder as a model.
-
-    Example: moecollab mask models/olmoe run/plan.json --out run/masked
-    """
-    mc.mask(model, plan, dtype=dtype, out=out, overwrite=overwrite)
-    _say(f"{out}: {model} masked by {plan}")
-
-
-def prune(
-    model: Model,
-    plan: PlanFile,
-    out: Out,
-    equalise: Annotated[
-        bool, typer.Option("--equalise", help="Cut a per-model plan to equal counts per layer")
-    ] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Cuts the dropped experts out and writes a smaller checkpoint.
-
-    Example: moecollab prune models/olmoe run/plan.json --out run/pruned
-    """
-    with progress.show():
-        mc.prune(model, plan, out=out, equalise=equalise, overwrite=overwrite)
-    _say(f"{out}: {model} without the experts that {plan} drops")
 
 
 def report(

@@ -231,7 +231,10 @@ def _medians(
     rng = np.random.default_rng(seed)
 
     def drawn(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
+        middles: NDArray[np.float64] = np.median(
+            rng.choice(values, (RESAMPLES, len(values))), axis=1
+        )
+        return middles
 
     middle, mine = float(np.median(rounds)), drawn(rounds)
     low, high = percentiles(mine)

@@ -12,14 +12,18 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from moecollab.errors import DataError, PlanError
+from moecollab.errors import DataError, PlanError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.keep import Keep, check_cut, check_keep, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
-from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
+from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
+from moecollab.pruning.counts import count_field, count_names, holder_of
 from moecollab.pruning.plans import Plan, load_plan
+from moecollab.pruning.streaming.folder import Writing, prune_folder
+from moecollab.pruning.streaming.journal import begun
+from moecollab.pruning.streaming.shards import parse_size
 
 
 def prune(
@@ -28,11 +32,15 @@ def prune(
     *,
     out: str | PathLike[str] | None = None,
     equalise: bool = False,
+    shard_size: str | int = "5GB",
+    verify: bool = False,
     overwrite: bool = False,
 ) -> Any:  # noqa: ANN401 (transformers is untyped)
     """Cuts the experts that a plan drops, with their router rows, out of a model.
 
-    Kept experts stay in their order and are numbered anew from 0. A loaded model is changed in
+    Kept experts stay in their order and are numbered anew from 0. With `out`, a model in a folder
+    is never built: its files are copied without the experts that go, in memory that does not grow
+    with the model, and a killed run goes on when it is repeated. A loaded model is changed in
     place; its experts are gone for good, unlike under a mask.
 
     Parameters
@@ -45,20 +53,32 @@ def prune(
         Folder for the checkpoint; tokenizer files go along.
     equalise : bool
         Whether to bring a plan whose layers keep different numbers to one number.
+    shard_size : str or int
+        Bytes of tensors in one file of the checkpoint at most, such as "5GB".
+    verify : bool
+        Whether to read the checkpoint again and compare it with the folder it was made from.
     overwrite : bool
         Whether `out` may be replaced.
 
     Returns
     -------
-    Module
-        The smaller model.
+    Module or Path
+        `out` where `model` is a folder and `out` is given; the smaller model otherwise.
 
     Raises
     ------
+    DataError
+        When files of the model are missing or damaged, or the checkpoint cannot be written.
     PlanError
         When the plan does not fit the model, or its layers keep different numbers.
+    UnsupportedModelError
+        When experts of the family cannot be cut, or it is not certain what a tensor on disk is.
     """
-    if out is not None:
+    size = parse_size(shard_size)
+    source = _folder(model) if out is not None else None
+    if verify and source is None:
+        raise SettingsError("verify", verify, "False, unless a folder is pruned into another")
+    if out is not None and not (source is not None and begun(Path(out))):
         refuse_existing(Path(out), overwrite=overwrite)
     decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
     keep = read_keep(decided.equalised() if equalise else decided)
@@ -66,6 +86,21 @@ def prune(
         raise _not_uniform(keep)
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
+    if source is not None and out is not None:
+        how = Writing(shard_size=size, verify=verify, overwrite=overwrite)
+        return prune_folder(source, keep, Path(out), how)
+    return _prune_loaded(model, keep, out, size, overwrite=overwrite)
+
+
+def _folder(model: ModelLike) -> Path | None:
+    """The folder that a model is in, if it is given as one."""
+    return None if isinstance(model, nn.Module) or not Path(model).is_dir() else Path(model)
+
+
+def _prune_loaded(
+    model: ModelLike, keep: Keep, out: str | PathLike[str] | None, size: int, *, overwrite: bool
+) -> Any:  # noqa: ANN401
+    """Cuts a model in memory, and writes it if there is an output."""
     loaded, tokenizer = load_model(model)
     layers = find_moe_layers(loaded)
     check_keep(keep, layers)
@@ -74,7 +109,8 @@ def prune(
     if out is not None:
         source = str(loaded.name_or_path) if isinstance(model, nn.Module) else str(model)
         with new_folder(Path(out), overwrite=overwrite) as folder, quiet():
-            _save(loaded, folder, tokenizer, source)
+            _save(loaded, folder, size)
+            _save_tokenizer(tokenizer, source, folder)
             write_json(folder / MASK_FILE, {"kind": PRUNED, "experts": keep.as_json()})
     return loaded
 
@@ -100,29 +136,24 @@ def _cut(model: nn.Module, layers: list[MoeLayer], keep: Keep) -> None:
     except BaseException:
         undo(changes)
         raise
-    owner, name = _count_field(model, layers[0])
+    owner, name = count_field(model, layers[0])
     setattr(owner, name, len(keep.keep[layers[0].layer]))
 
 
-def _count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:
-    """Configuration object and field with the number of experts."""
-    owner: Any = text_config(model)
-    *path, name = layer.layout.count.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    return owner, name
-
-
-def _save(model: Any, folder: Path, tokenizer: Any, source: str) -> None:  # noqa: ANN401
-    """Writes weights, configuration and tokenizer."""
+def _save(model: Any, folder: Path, size: int) -> None:  # noqa: ANN401
+    """Writes weights and configuration."""
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=size)
     except SafetensorError as cause:  # how a full disk shows itself
         raise DataError(
             f"the weights could not be written to {folder.parent} ({cause}); free space there or "
             "choose another output"
         ) from cause
     _write_aliases(model, folder)
+
+
+def _save_tokenizer(tokenizer: Any, source: str, folder: Path) -> None:  # noqa: ANN401
+    """Writes a tokenizer, by its original files where there are any."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     for file in _tokenizer_files(Path(source)):
@@ -141,27 +172,17 @@ def _tokenizer_files(source: Path) -> Iterator[Path]:
 
 
 def _write_aliases(model: Any, folder: Path) -> None:  # noqa: ANN401
-    """Writes the number of experts under every name that some version of transformers reads.
-
-    The name in ``config.json`` has changed between versions, and an older one that misses its name
-    silently takes its default.
-    """
-    owner, name = _count_field(model, find_moe_layers(model)[0])
-    aliases = getattr(type(owner), "attribute_map", {})
-    target = aliases.get(name, name)
-    names = {name, target, *(alias for alias, to in aliases.items() if to == target)}
+    """Writes the number of experts under every name that some version of transformers reads."""
+    layer = find_moe_layers(model)[0]
+    owner, name = count_field(model, layer)
+    names = count_names(model, layer)
     path = folder / "config.json"
     config = json.loads(path.read_bytes())
-    place = _holder(config, target)
+    place = holder_of(config, names)
     if place is not None:
-        place.update(dict.fromkeys(sorted(names), getattr(owner, name)))
+        held = config
+        for part in place:
+            held = held[part]
+        held.update(dict.fromkeys(names, getattr(owner, name)))
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_bytes(path, text.encode(), overwrite=True)
-
-
-def _holder(config: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The object, at the top or below, that has a key."""
-    if name in config:
-        return config
-    parts = (_holder(value, name) for value in config.values() if isinstance(value, dict))
-    return next((part for part in parts if part is not None), None)
