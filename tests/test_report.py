@@ -322,7 +322,7 @@ def test_intervals_are_those_of_differences(run, html):
     pair = differences(
         {name: found[name] for name in ("caep-25", "random-25")}, baseline="random-25"
     )
-    row = pair.filter((pl.col("model") == "caep-25") & (pl.col("domain") == "all"))
+    row = pair.filter(measure="loss", model="caep-25", domain="all")
     assert block["gap.caep-25.random-25.low"] == row["difference_low"].item()
 
 

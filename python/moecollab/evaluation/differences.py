@@ -48,10 +48,10 @@ def differences(evaluations: Mapping[str, Evaluation], *, baseline: str = "full"
 
     Differences are paired: document by document for the loss, question by question for tasks,
     prompt by prompt for what was written. Their intervals are 95 % percentile bootstrap over
-    documents, questions or prompts, the same draws for every model; of speeds over the rounds of
-    both, which are no pairs. An interval over a single document is null, and so are a difference
-    between other questions or prompts, the interval of a size, and that of distinct-2, which
-    resampling makes smaller.
+    documents, questions or prompts, the same draws for every model. An interval over a single
+    document is null, and so are a difference between other questions or prompts, the interval of a
+    size, that of distinct-2, which resampling makes smaller, and that of a difference of speeds:
+    rounds share the load of their machine, so they do not tell how far it moves from run to run.
 
     Parameters
     ----------
@@ -227,23 +227,11 @@ def _exact(value: float, before: float | None) -> dict[str, float | None]:
 def _medians(
     rounds: NDArray[np.float64], before: NDArray[np.float64] | None, seed: int
 ) -> dict[str, float | None]:
-    """The median of some rounds and of its difference from others, with intervals over rounds."""
+    """The median of some rounds with its interval, and its difference from that of others."""
     rng = np.random.default_rng(seed)
-
-    def drawn(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        middles: NDArray[np.float64] = np.median(
-            rng.choice(values, (RESAMPLES, len(values))), axis=1
-        )
-        return middles
-
-    middle, mine = float(np.median(rounds)), drawn(rounds)
-    low, high = percentiles(mine)
-    row = _exact(middle, None if before is None else float(np.median(before)))
-    row |= {"low": low, "high": high}
-    if before is None:
-        return row
-    low, high = percentiles(mine - drawn(before))
-    return row | {"difference_low": low, "difference_high": high}
+    low, high = percentiles(np.median(rng.choice(rounds, (RESAMPLES, len(rounds))), axis=1))
+    middle = None if before is None else float(np.median(before))
+    return _exact(float(np.median(rounds)), middle) | {"low": low, "high": high}
 
 
 def _numbers(
