@@ -19,6 +19,7 @@ from moecollab.models import loading
 from moecollab.models.keep import Keep
 from moecollab.models.masked import Mask
 from moecollab.models.routing import find_moe_layers
+from moecollab.models.uneven import Arrangement
 from moecollab.pruning.pruning import prune
 from moecollab.pruning.streaming.config import smaller_config
 from moecollab.pruning.streaming.numbering import numbered
@@ -95,7 +96,7 @@ def test_dropping_nothing_copies_every_byte(family, tmp_path):
         assert (out / file.name).read_bytes() == file.read_bytes(), file.name
     assert {file.name for file in out.iterdir()} == {
         *(file.name for file in base.iterdir()),
-        "moecollab.json",
+        *("moecollab.json", "README.md"),
     }
 
 
@@ -205,7 +206,9 @@ CONFIGS = {
 def test_nothing_but_the_count_changes_in_a_configuration(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text)
-    changed = smaller_config(path, models.build("qwen3_moe"), 5, without_mtp=False)
+    five = Keep(dict.fromkeys((1, 2), (0, 1, 2, 3, 4)), 8, 2)
+    arrangement = Arrangement(five, five, native=False)
+    changed = smaller_config(path, models.build("qwen3_moe"), arrangement, without_mtp=False)
     before = json.loads(text)
     assert json.loads(changed) == before | {"num_experts": 5, "num_local_experts": 5}
     if "num_experts" in before:
@@ -227,14 +230,17 @@ def test_a_configuration_that_names_experts_is_refused(tmp_path):
 
 def test_other_files_go_along(tmp_path):
     base = models.save("mixtral", tmp_path / "base")
-    along = ["LICENSE", "README.md", "chat_template.jinja", "modeling.py", "merges.txt"]
+    along = ["LICENSE", "chat_template.jinja", "modeling.py", "merges.txt"]
     left = ["pytorch_model.bin", "model.gguf", ".gitattributes", "manifest.json"]
-    for name in along + left:
+    for name in [*along, *left, "README.md", "BASE_README.md"]:
         (base / name).write_text(name)
     (base / "additional_chat_templates").mkdir()
     (base / "additional_chat_templates" / "rag.jinja").write_text("rag")
     out = prune(base, keep_even(base), out=tmp_path / "small")
     assert all((out / name).read_text() == name for name in along)
+    assert (out / "BASE_README.md").read_text() == "README.md"
+    assert (out / "BASE_BASE_README.md").read_text() == "BASE_README.md"
+    assert (out / "README.md").read_text().startswith("---\n")
     assert (out / "additional_chat_templates" / "rag.jinja").read_text() == "rag"
     assert not any((out / name).exists() for name in left)
     shutil.rmtree(out)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.options import Dtype, Model, Out, Overwrite, PlanFile, say
+from moecollab.manifest import read_json
 
 
 def mask(
@@ -32,9 +34,14 @@ def prune(
     model: Model,
     plan: PlanFile,
     out: Out,
-    equalise: Annotated[
-        bool, typer.Option("--equalise", help="Cut a per-model plan to equal counts per layer")
-    ] = False,
+    uneven: Annotated[
+        Literal["equalise", "pad", "native"] | None,
+        typer.Option(help="How layers of different numbers are written: see docs/pruning.md"),
+    ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(help="File made by evaluate, for the README; or several"),
+    ] = None,
     shard_size: Annotated[str, typer.Option(help="Largest file of the checkpoint")] = "5GB",
     verify: Annotated[
         bool, typer.Option("--verify", help="Read it again and compare it with the model's folder")
@@ -53,9 +60,11 @@ def prune(
             model,
             plan,
             out=out,
-            equalise=equalise,
+            uneven=uneven,
+            evaluations=evaluations,
             shard_size=shard_size,
             verify=verify,
             overwrite=overwrite,
         )
-    say(f"{out}: {model} without the experts that {plan} drops")
+    loads = read_json(out / "moecollab.json")["loads"]
+    say(f"{out}: {model} without the experts that {plan} drops; {loads}")

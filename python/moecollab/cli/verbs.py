@@ -13,7 +13,7 @@ import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
 from moecollab.cli.cutting import mask, prune
-from moecollab.cli.deciding import agreement, blend, plan, uncertainty
+from moecollab.cli.deciding import agreement, blend, export, plan, uncertainty
 from moecollab.cli.evaluating import evaluate
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
@@ -298,6 +298,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     agreement,
     blend,
     plan,
+    export,
     iterate,
     mask,
     prune,

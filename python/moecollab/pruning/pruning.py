@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ from torch import nn
 
 from moecollab.errors import DataError, PlanError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
-from moecollab.models.keep import Keep, check_cut, check_keep, read_keep
+from moecollab.models.keep import Keep, check_cut, check_keep, check_untied, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
+from moecollab.models.uneven import Arrangement, Uneven, arranged, bar
+from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base
 from moecollab.pruning.counts import count_field, count_names, holder_of
 from moecollab.pruning.plans import Plan, load_plan
 from moecollab.pruning.streaming.folder import Writing, prune_folder
@@ -28,10 +30,11 @@ from moecollab.pruning.streaming.shards import parse_size
 
 def prune(
     model: ModelLike,
-    plan: Plan | str | PathLike[str],
+    plan: Plan | Keep | str | PathLike[str],
     *,
     out: str | PathLike[str] | None = None,
-    equalise: bool = False,
+    uneven: Uneven | None = None,
+    evaluations: Sequence[Any] | None = None,
     shard_size: str | int = "5GB",
     verify: bool = False,
     overwrite: bool = False,
@@ -47,12 +50,18 @@ def prune(
     ----------
     model : Module, path or hub name
         The whole model.
-    plan : Plan or path
+    plan : Plan, Keep or path
         Kept experts of every MoE layer.
     out : path, optional
-        Folder for the checkpoint; tokenizer files go along.
-    equalise : bool
-        Whether to bring a plan whose layers keep different numbers to one number.
+        Folder for the checkpoint; tokenizer and licence files go along, and a README.md says what
+        was done.
+    uneven : {"equalise", "pad", "native"}, optional
+        How a plan whose layers keep different numbers is carried out: brought to one number by its
+        scores; filled up with experts that no token can choose, where the router adds a bias to
+        choose by (the model is then built in memory); or as it is, a checkpoint that
+        :func:`moecollab.load_model` alone loads.
+    evaluations : sequence of Evaluation or paths, optional
+        What the cut costs, for the README: of the whole model, and of this plan under a mask.
     shard_size : str or int
         Bytes of tensors in one file of the checkpoint at most, such as "5GB".
     verify : bool
@@ -70,26 +79,30 @@ def prune(
     DataError
         When files of the model are missing or damaged, or the checkpoint cannot be written.
     PlanError
-        When the plan does not fit the model, or its layers keep different numbers.
+        When the plan does not fit the model, or its layers keep different numbers and `uneven`
+        does not say how to write them.
     UnsupportedModelError
-        When experts of the family cannot be cut, or it is not certain what a tensor on disk is.
+        When experts of the family cannot be cut, its layers not be padded, or it is not certain
+        what a tensor on disk is.
     """
     size = parse_size(shard_size)
-    source = _folder(model) if out is not None else None
+    decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
+    if uneven == "equalise" and isinstance(decided, Plan):
+        decided = decided.equalised()
+    keep = read_keep(decided)
+    in_memory = uneven == "pad" and not keep.uniform
+    source = _folder(model) if out is not None and not in_memory else None
     if verify and source is None:
         raise SettingsError("verify", verify, "False, unless a folder is pruned into another")
     if out is not None and not (source is not None and begun(Path(out))):
         refuse_existing(Path(out), overwrite=overwrite)
-    decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
-    keep = read_keep(decided.equalised() if equalise else decided)
-    if not keep.uniform:
-        raise _not_uniform(keep)
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
+    why = about(_origin(model), decided if isinstance(decided, Plan) else None, evaluations)
+    how = Writing(shard_size=size, verify=verify, overwrite=overwrite, uneven=uneven, about=why)
     if source is not None and out is not None:
-        how = Writing(shard_size=size, verify=verify, overwrite=overwrite)
         return prune_folder(source, keep, Path(out), how)
-    return _prune_loaded(model, keep, out, size, overwrite=overwrite)
+    return _prune_loaded(model, keep, out, how)
 
 
 def _folder(model: ModelLike) -> Path | None:
@@ -97,47 +110,54 @@ def _folder(model: ModelLike) -> Path | None:
     return None if isinstance(model, nn.Module) or not Path(model).is_dir() else Path(model)
 
 
+def _origin(model: ModelLike) -> str:
+    """Path or hub name that a model came from, or its class if it came from nowhere."""
+    if isinstance(model, nn.Module):
+        return str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return str(model)
+
+
 def _prune_loaded(
-    model: ModelLike, keep: Keep, out: str | PathLike[str] | None, size: int, *, overwrite: bool
+    model: ModelLike, keep: Keep, out: str | PathLike[str] | None, how: Writing
 ) -> Any:  # noqa: ANN401
     """Cuts a model in memory, and writes it if there is an output."""
     loaded, tokenizer = load_model(model)
     layers = find_moe_layers(loaded)
     check_keep(keep, layers)
     check_cut(layers)
-    _cut(loaded, layers, keep)
+    check_untied(loaded, layers)
+    arrangement = arranged(keep, how.uneven, layers)
+    before = Size.of_model(loaded)
+    _cut(loaded, layers, arrangement)
     if out is not None:
-        source = str(loaded.name_or_path) if isinstance(model, nn.Module) else str(model)
-        with new_folder(Path(out), overwrite=overwrite) as folder, quiet():
-            _save(loaded, folder, size)
-            _save_tokenizer(tokenizer, source, folder)
-            write_json(folder / MASK_FILE, {"kind": PRUNED, "experts": keep.as_json()})
+        with new_folder(Path(out), overwrite=how.overwrite) as folder, quiet():
+            _save(loaded, folder, how.shard_size)
+            _save_beside(tokenizer, Path(_origin(model)), folder)
+            write_json(folder / MASK_FILE, {"kind": PRUNED} | arrangement.note())
+            if how.about is not None:
+                text = card(how.about, arrangement, before, Size.of_folder(folder))
+                write_bytes(folder / CARD, text.encode())
     return loaded
 
 
-def _not_uniform(keep: Keep) -> PlanError:
-    counts = {layer: len(kept) for layer, kept in keep.keep.items()}
-    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    return PlanError(
-        f"layer {least} keeps {counts[least]} experts and layer {most} keeps {counts[most]}, but "
-        "a checkpoint has one number for all layers; pass equalise=True (--equalise), plan with "
-        "per='layer' and an amount other than mass, or mask the model instead"
-    )
-
-
-def _cut(model: nn.Module, layers: list[MoeLayer], keep: Keep) -> None:
+def _cut(model: nn.Module, layers: list[MoeLayer], arrangement: Arrangement) -> None:
     """Cuts all layers and the configuration, or nothing."""
     changes: list[Change] = []
+    dummies = arrangement.dummies
     try:
         for layer in layers:
-            kept = keep.keep[layer.layer]
-            changes += slice_router(layer, kept)
-            changes += slice_experts(layer, kept)
+            held = arrangement.held.keep[layer.layer]
+            changes += slice_router(layer, held)
+            changes += slice_experts(layer, held)
+            if layer.layer in dummies:
+                changes.append(bar(layer, dummies[layer.layer]))
     except BaseException:
         undo(changes)
         raise
     owner, name = count_field(model, layers[0])
-    setattr(owner, name, len(keep.keep[layers[0].layer]))
+    setattr(owner, name, arrangement.count)
+    for entry, value in arrangement.config_entry().items():
+        setattr(vars(model)["config"], entry, value)
 
 
 def _save(model: Any, folder: Path, size: int) -> None:  # noqa: ANN401
@@ -152,11 +172,13 @@ def _save(model: Any, folder: Path, size: int) -> None:  # noqa: ANN401
     _write_aliases(model, folder)
 
 
-def _save_tokenizer(tokenizer: Any, source: str, folder: Path) -> None:  # noqa: ANN401
-    """Writes a tokenizer, by its original files where there are any."""
+def _save_beside(tokenizer: Any, source: Path, folder: Path) -> None:  # noqa: ANN401
+    """Writes a tokenizer, by its original files where there are any, and the base's own README."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for file in _tokenizer_files(Path(source)):
+    for file in of_the_base(source):
+        shutil.copyfile(file, folder / base_name(file.name))
+    for file in _tokenizer_files(source):
         # The original files win: a tokenizer that is loaded and saved again may change its format.
         shutil.copyfile(file, folder / file.name)
 

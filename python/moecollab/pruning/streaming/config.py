@@ -12,6 +12,7 @@ from typing import Any
 from moecollab.errors import UnsupportedModelError
 from moecollab.manifest import read_json
 from moecollab.models.routing import find_moe_layers
+from moecollab.models.uneven import Arrangement
 from moecollab.pruning.counts import count_names, holder_of, text_path
 
 _VALUE = r"(?:-?\d+|\[[^\[\]{}]*\]|null)"
@@ -26,8 +27,16 @@ FURTHER = (
 """Names of the number of layers that predict further tokens."""
 
 
-def smaller_config(path: Path, model: Any, count: int, *, without_mtp: bool) -> str:  # noqa: ANN401
+def smaller_config(
+    path: Path,
+    model: Any,  # noqa: ANN401 (transformers is untyped)
+    arrangement: Arrangement,
+    *,
+    without_mtp: bool,
+) -> str:
     """Text of ``config.json`` with another number of experts under every name it may have.
+
+    Where layers hold different numbers, they are said too, and the text is laid out anew.
 
     Raises
     ------
@@ -46,11 +55,12 @@ def smaller_config(path: Path, model: Any, count: int, *, without_mtp: bool) -> 
     place = inside if _at(value, inside) is not None else holder_of(value, names) or ()
     held = _at(value, place) or {}
     for name in sorted(names, key=lambda one: one not in held):  # those that are there first
-        text = _with(text, (*place, name), count, names)
+        text = _with(text, (*place, name), arrangement.count, names)
     if without_mtp:
         for path_to in _further(value):
             text = _with(text, path_to, 0, ())
-    return text
+    entry = arrangement.config_entry()
+    return _dump(json.loads(text) | entry) if entry else text
 
 
 def _at(value: Any, path: Sequence[str]) -> dict[str, Any] | None:  # noqa: ANN401
@@ -81,7 +91,11 @@ def _with(text: str, path: Sequence[str], number: int, beside: Sequence[str]) ->
     for one in changed:
         if _loads(one) == wanted:
             return one
-    return json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
+    return _dump(wanted)
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _replaced(text: str, name: str, number: int) -> Iterator[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moecollab.errors import DataError
 from moecollab.manifest import MANIFEST, write_bytes, write_json
 from moecollab.models.checkpoint import file_inside
-from moecollab.models.keep import Keep
-from moecollab.models.masked import MASK_FILE, PRUNED
+from moecollab.models.masked import MASK_FILE
+from moecollab.pruning.card import CARD, base_name
 from moecollab.pruning.streaming.shards import INDEX
 
 CONFIG = "config.json"
@@ -45,7 +45,7 @@ def _files(folder: Path, prefix: str) -> Iterator[str]:
 
 
 def write_beside(
-    source: Path, target: Path, *, config: str, keep: Keep, index: dict[str, object] | None
+    source: Path, target: Path, *, texts: Mapping[str, str], index: dict[str, object] | None
 ) -> None:
     """Writes all files of a checkpoint but its weights.
 
@@ -55,14 +55,13 @@ def write_beside(
         When a file can no longer be read.
     """
     for name in kept_files(source):
-        place = target / name
+        place = target / (base_name(name) if CARD in texts else name)
         place.parent.mkdir(exist_ok=True)
         found = file_inside(source, name)
         if found is None:
             raise DataError(f"{source / name} has gone while it was copied; run the same again")
         shutil.copyfile(found, place)
-    write_bytes(target / CONFIG, config.encode(), overwrite=True)
-    note = {"kind": PRUNED, "experts": keep.as_json()}
-    write_json(target / MASK_FILE, note, overwrite=True)
+    for name, text in texts.items():
+        write_bytes(target / name, text.encode(), overwrite=True)
     if index is not None:
         write_json(target / INDEX, index, overwrite=True)

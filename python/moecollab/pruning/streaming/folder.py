@@ -15,11 +15,14 @@ from typing import Any
 
 from moecollab import progress
 from moecollab.errors import DataError, StaleInputError
-from moecollab.manifest import digest_file, digest_json
+from moecollab.manifest import digest_file, digest_json, dump_json
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.keep import Keep, check_cut, check_keep
 from moecollab.models.loading import check_tensor, explained, open_config, skeleton
+from moecollab.models.masked import MASK_FILE, PRUNED
 from moecollab.models.routing import find_moe_layers
+from moecollab.models.uneven import Uneven, arranged
+from moecollab.pruning.card import CARD, About, Size, card
 from moecollab.pruning.streaming.config import smaller_config
 from moecollab.pruning.streaming.copying import Sources, compare, write_shard
 from moecollab.pruning.streaming.files import CONFIG, kept_files, write_beside
@@ -38,12 +41,10 @@ class _Work:
     ----------
     source : Path
         The folder that is read.
-    keep : Keep
-        Experts that stay.
+    beside : dict of str to str
+        Text of the files that are written anew, by name.
     shards : list of Shard
         Files of weights.
-    config : str
-        Text of the new configuration.
     stamps : list
         Name, size and time of change of each file of weights that is read.
     digests : dict of str to str
@@ -51,9 +52,8 @@ class _Work:
     """
 
     source: Path
-    keep: Keep
+    beside: dict[str, str]
     shards: list[Shard]
-    config: str
     stamps: list[tuple[str, int, int]]
     digests: dict[str, str]
 
@@ -70,11 +70,17 @@ class Writing:
         Whether to read all that was written again and compare it with what it was made of.
     overwrite : bool
         Whether the output may be replaced.
+    uneven : {"equalise", "native"}, optional
+        How layers of different numbers are written.
+    about : About, optional
+        What a card tells of the model and the plan; without it none is written.
     """
 
     shard_size: int
     verify: bool = False
     overwrite: bool = False
+    uneven: Uneven | None = None
+    about: About | None = None
 
 
 def prune_folder(source: Path, keep: Keep, out: Path, how: Writing) -> Path:
@@ -87,7 +93,7 @@ def prune_folder(source: Path, keep: Keep, out: Path, how: Writing) -> Path:
     source : Path
         Folder with ``config.json`` and safetensors.
     keep : Keep
-        Experts that stay, equally many in each layer.
+        Experts that stay.
     out : Path
         Folder for the smaller checkpoint.
     how : Writing
@@ -110,7 +116,7 @@ def prune_folder(source: Path, keep: Keep, out: Path, how: Writing) -> Path:
         When `out` was begun from another model or plan, or the model changes while it is read.
     """
     _check_apart(source, out)
-    work = _plan_work(source, keep, how.shard_size)
+    work = _plan_work(source, keep, how)
     with _writing(out), Journal(out, work.digests, how.overwrite) as journal:
         if not journal.finished():
             _check_room(work, journal)
@@ -129,30 +135,36 @@ def _check_apart(source: Path, out: Path) -> None:
         )
 
 
-def _plan_work(source: Path, keep: Keep, size: int) -> _Work:
+def _plan_work(source: Path, keep: Keep, how: Writing) -> _Work:
     """Decides what is written, from headers and configuration alone."""
     model = skeleton(open_config(str(source), moe=True))
     layers = find_moe_layers(model)
     check_keep(keep, layers)
     check_cut(layers)
+    arrangement = arranged(keep, how.uneven, layers)
     with explained(str(source)):
         checkpoint = Checkpoint.open(str(source))
     stamps = _stamps(checkpoint)
     found = sort_tensors(model, checkpoint, keep)
     _check_routers(checkpoint, found)
-    count = len(keep.keep[layers[0].layer])
     config = source.joinpath(CONFIG).read_text("utf-8")
     if any(len(kept) < keep.n_experts for kept in keep.keep.values()):
-        config = smaller_config(source / CONFIG, model, count, without_mtp=found.without_mtp)
+        config = smaller_config(source / CONFIG, model, arrangement, without_mtp=found.without_mtp)
     if found.without_mtp:
         progress.say("layers that predict further tokens (MTP) are left out: no plan knows them")
-    shards = lay_out(found.pieces, size, checkpoint.metadata)
+    shards = lay_out(found.pieces, how.shard_size, checkpoint.metadata)
+    note = dump_json({"kind": PRUNED} | arrangement.note()).decode()
+    beside = {CONFIG: config, MASK_FILE: note}
+    if how.about is not None:
+        after = [(piece.shape, piece.n_bytes) for shard in shards for piece in shard.pieces]
+        before = [(one.shape, one.n_bytes) for one in checkpoint.tensors.values()]
+        beside[CARD] = card(how.about, arrangement, Size.of(before), Size.of(after))
     digests = {
         "model": digest_json([stamps, [digest_file(source / name) for name in kept_files(source)]]),
         "plan": digest_json([keep.as_json(), config]),
         "shard size": digest_json([[shard.name, shard.n_bytes] for shard in shards]),
     }
-    return _Work(source, keep, shards, config, stamps, digests)
+    return _Work(source, beside, shards, stamps, digests)
 
 
 def _stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
@@ -183,7 +195,7 @@ def _check_room(work: _Work, journal: Journal) -> None:
 def _write(work: _Work, journal: Journal, *, verify: bool) -> None:
     """Writes what is not there yet."""
     index = index_of(work.shards) if len(work.shards) > 1 else None
-    write_beside(work.source, journal.folder, config=work.config, keep=work.keep, index=index)
+    write_beside(work.source, journal.folder, texts=work.beside, index=index)
     with Sources() as sources:
         with _bar("pruning (MB)", work.shards) as done:
             for shard in work.shards:
