@@ -4,7 +4,8 @@
 
 A random Qwen3-MoE model reads batches of 2,048 tokens: bare, and with each mode of mask keeping all
 experts, so that what is computed is the same. The ways take turns; ratios are of neighbouring runs,
-in CPU seconds, since others use the machine. Then a model of 26 layers of 64 experts in bfloat16 is cut to half of them.
+in CPU seconds, since others use the machine. Then a model of 26 layers of 64 experts in bfloat16 is
+cut to half of them.
 """
 
 import argparse
