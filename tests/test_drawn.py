@@ -130,7 +130,9 @@ def shown(name, acts, times, patterns=None, domains=Needs.NOTHING):
     return found
 
 
-@pytest.mark.parametrize("name", ["coverage", "shapley", "ranked_choice", "frequency", "reap"])
+@pytest.mark.parametrize(
+    "name", ["output_coverage", "shapley", "ranked_choice", "frequency", "reap"]
+)
 def test_scores_are_those_of_the_text_with_documents_repeated(name, acts, concatenated):
     found = criteria.get(name).function(shown(name, acts, TIMES))
     assert np.allclose(found, score(name, concatenated).values, rtol=1e-9, atol=1e-12)
@@ -235,7 +237,7 @@ def test_domains_of_recorded_folds_are_those_of_the_tables(model_folder, texts, 
 
 
 def test_halves_of_one_text_keep_what_draws_of_it_keep(tmp_path):
-    """Split half: coverage by two halves of the documents, beside the stability of a half."""
+    """Split half: output_coverage by two halves of the documents, beside the stability of a half."""
     recorded = make_recorded(n_tokens=1500, n_experts=8, seed=2)
     recorded = recorded.changed(sample=np.arange(1500) // 10)
     half = np.random.default_rng(0).permutation(150) < 75
@@ -244,10 +246,10 @@ def test_halves_of_one_text_keep_what_draws_of_it_keep(tmp_path):
         tokens = np.flatnonzero(half[recorded.sample] == bool(number))
         _, sample = np.unique(recorded.sample[tokens], return_inverse=True)
         acts = recorded.part(tokens).changed(sample=sample).save(tmp_path / str(number))
-        made = plan(score("coverage", acts), drop=0.5)
+        made = plan(score("output_coverage", acts), drop=0.5)
         kept.append([np.isin(np.arange(8), made.keep[layer]) for layer in acts.layers])
     fresh = jaccard(np.array(kept[0]), np.array(kept[1])).mean()
-    found = uncertainty("coverage", tmp_path / "0", drop=0.5, resamples=60).spread.stability
+    found = uncertainty("output_coverage", tmp_path / "0", drop=0.5, resamples=60).spread.stability
     assert found == pytest.approx(fresh, abs=0.15)  # chance is 0.36
 
 

@@ -47,6 +47,7 @@ TWICE = (
     "easy_ep",
     "shapley",
     "coverage",
+    "output_coverage",
 )
 """Criteria that a text read twice doubles."""
 
