@@ -1,4 +1,4 @@
-"""Kills recordings of the embedded model at random moments; run by test_kills.py.
+"""Kills recordings or prunings of the embedded model at random moments; run by test_kills.py.
 
 Children are forked from a process that has imported everything and run nothing, so that a run
 takes a second or two. Prints what happened as JSON.
@@ -18,6 +18,8 @@ import torch
 
 from moecollab.demo.demo import MODEL
 from moecollab.manifest import digest_file
+from moecollab.models.keep import Keep
+from moecollab.pruning import pruning
 from moecollab.record import extraction, windows
 
 N_DOCUMENTS, SHARD = 30, 400
@@ -38,13 +40,22 @@ def record(target: Path) -> None:
     extraction.extract(MODEL, texts, out=target, collect="shift,pairs,vocabulary")
 
 
-def start(target: Path) -> int:
-    """A child that records."""
+def prune(target: Path) -> None:
+    """One pruning of the folder, into many small files."""
+    keep = Keep({layer: tuple(range(0, 24, 2)) for layer in range(6)}, 24, 3)
+    pruning.prune(MODEL, keep, out=target, shard_size="200KB")
+
+
+WORKS = {"record": record, "prune": prune}
+
+
+def start(work, target: Path) -> int:
+    """A child that works."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            record(target)
+            work(target)
             status = 0
         finally:
             if status:
@@ -70,12 +81,12 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: digest_file(path) for path in sorted(folder.iterdir())}
 
 
-def main(folder: Path, n_kills: int, seed: int) -> None:
-    """Kills and goes on until there were enough kills, comparing every recording that ends."""
+def main(work, folder: Path, n_kills: int, seed: int) -> None:
+    """Kills and goes on until there were enough kills, comparing every run that ends."""
     rng = random.Random(seed)
     began = time.monotonic()
-    if ended(start(folder / "whole"), 600) != 0:
-        raise SystemExit("the undisturbed recording failed")
+    if ended(start(work, folder / "whole"), 600) != 0:
+        raise SystemExit("the undisturbed run failed")
     took = time.monotonic() - began
     whole, found = digests(folder / "whole"), {"kills": 0, "equal": 0, "unequal": 0, "failed": 0}
     while found["kills"] < n_kills:
@@ -84,7 +95,7 @@ def main(folder: Path, n_kills: int, seed: int) -> None:
             if target.exists() and not (folder / f".{target.name}.partial").exists():
                 status = 0  # killed when all was done
                 break
-            child = start(target)
+            child = start(work, target)
             status = ended(child, rng.uniform(0, took))
             if status is not None:
                 break
@@ -99,4 +110,4 @@ def main(folder: Path, n_kills: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(WORKS[sys.argv[1]], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

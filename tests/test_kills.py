@@ -1,4 +1,4 @@
-"""Recordings that are killed at any moment go on and end with the same bytes."""
+"""Recordings and prunings that are killed at any moment go on and end with the same bytes."""
 
 import json
 import subprocess
@@ -9,10 +9,11 @@ import pytest
 
 
 @pytest.mark.slow
-def test_runs_killed_at_random_end_with_the_same_bytes(tmp_path, request):
+@pytest.mark.parametrize("work", ["record", "prune"])
+def test_runs_killed_at_random_end_with_the_same_bytes(work, tmp_path, request):
     n_kills = 100 if request.config.getoption("--all-families", default=False) else 3
     script = Path(__file__).with_name("killing.py")
-    command = [sys.executable, str(script), str(tmp_path), str(n_kills), "0"]
+    command = [sys.executable, str(script), work, str(tmp_path), str(n_kills), "0"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -91,8 +92,15 @@ def test_whole_model_is_cut_and_loaded_again(tmp_path):
     keep = Keep({layer.layer: (0, 2, 3, 5, 7) for layer in layers}, 8, 2)
     with Mask(model, keep):
         masked = zoo.output_of(model, inputs)
+    model.save_pretrained(tmp_path / "base")
+    prune(tmp_path / "base", keep, out=tmp_path / "streamed", verify=True)
     prune(model, keep, out=tmp_path / "pruned")
-    loaded, _ = load_model(tmp_path / "pruned", device="cpu")
+    streamed, cut = (
+        load_file(tmp_path / part / "model.safetensors") for part in ("streamed", "pruned")
+    )
+    assert streamed.keys() == cut.keys()
+    assert all(torch.equal(streamed[name], value) for name, value in cut.items())
+    loaded, _ = load_model(tmp_path / "streamed", device="cpu")
     assert {layer.n_experts for layer in find_moe_layers(loaded)} == {5}
     torch.testing.assert_close(zoo.output_of(loaded, inputs), masked, rtol=0, atol=5e-6)
 

@@ -30,6 +30,7 @@ NOT_ON_THE_COMMAND_LINE = {
     "compare": {"tokenizer"},
     "evaluate": {"tokenizer", "name"},
     "iterate": {"hsdl", "tokenizer"},
+    "mask": {"mode"},
     "mine": {"n_experts"},
     "report": {"activations", "collaboration", "scores", "plan", "evaluations"},
 }

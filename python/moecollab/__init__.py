@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from moecollab.evaluation.comparing.comparison import Comparison, load_comparison
     from moecollab.evaluation.comparing.running import compare
     from moecollab.evaluation.evaluation import Evaluation, evaluate, load_evaluation
-    from moecollab.models.masking import mask
+    from moecollab.models.loading import load_model
+    from moecollab.models.masking import amplify, mask
     from moecollab.patterns.coverage import coverage
     from moecollab.patterns.dictionary import HSDL, Collaboration, load_collaboration
     from moecollab.patterns.mined import Mined, load_mined
     from moecollab.patterns.mining import mine
     from moecollab.patterns.stability import match_atoms, robustness, stability
     from moecollab.pruning.blending import blend
+    from moecollab.pruning.exporting import export_ranking, load_ranking
     from moecollab.pruning.iteration import iterate
     from moecollab.pruning.planning import plan
     from moecollab.pruning.plans import Plan, load_plan
@@ -57,9 +59,11 @@ _HOME = {
     "comparison_page": "reporting.comparison_page",
     "comparison_figure": "reporting.figures.comparisons",
     "agreement": "pruning.rankings",
+    "amplify": "models.masking",
     "blend": "pruning.blending",
     "coverage": "patterns.coverage",
     "evaluate": "evaluation.evaluation",
+    "export_ranking": "pruning.exporting",
     "extract": "record.extraction",
     "import_routing": "record.imports.importing",
     "iterate": "pruning.iteration",
@@ -69,7 +73,9 @@ _HOME = {
     "load_counts": "record.counts",
     "load_evaluation": "evaluation.evaluation",
     "load_mined": "patterns.mined",
+    "load_model": "models.loading",
     "load_plan": "pruning.plans",
+    "load_ranking": "pruning.exporting",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
     "match_atoms": "patterns.stability",
@@ -95,12 +101,14 @@ __all__ = [
     "RoutingCounts",
     "Scores",
     "agreement",
+    "amplify",
     "blend",
     "compare",
     "comparison_figure",
     "comparison_page",
     "coverage",
     "evaluate",
+    "export_ranking",
     "extract",
     "import_routing",
     "iterate",
@@ -110,7 +118,9 @@ __all__ = [
     "load_counts",
     "load_evaluation",
     "load_mined",
+    "load_model",
     "load_plan",
+    "load_ranking",
     "load_scores",
     "mask",
     "match_atoms",

@@ -83,6 +83,20 @@ def plan(  # noqa: PLR0913 (one parameter per option)
     say(f"{out}: {found!r}")
 
 
+def export(
+    ranked: Annotated[Path, typer.Argument(help="File made by score or plan")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> None:
+    """Writes ranked lists of experts, for engines that prune while they load.
+
+    Example: moecollab export run/plan.json --out run/ranking.jsonl
+    """
+    found = mc.export_ranking(ranked, out, overwrite=overwrite)
+    n_experts = len(next(iter(found.values())))
+    say(f"{out}: {n_experts} experts of each of {len(found)} layers, best first")
+
+
 def blend(
     scores: Annotated[list[Path], typer.Argument(help="Files made by score, one per domain")],
     out: Out,

@@ -12,7 +12,8 @@ import typer
 import moecollab as mc
 from moecollab import progress
 from moecollab.cli.comparing import compare
-from moecollab.cli.deciding import agreement, blend, plan, uncertainty
+from moecollab.cli.cutting import mask, prune
+from moecollab.cli.deciding import agreement, blend, export, plan, uncertainty
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -23,7 +24,6 @@ from moecollab.cli.options import (
     Model,
     Out,
     Overwrite,
-    PlanFile,
     Recorded,
     Rows,
     Seed,
@@ -249,41 +249,6 @@ def score(  # noqa: PLR0913 (one parameter per option)
     _say(f"{out}: {found!r}")
 
 
-def mask(
-    model: Model,
-    plan: PlanFile,
-    out: Out,
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-) -> None:
-    """Writes a small folder that stands for the model with the dropped experts switched off.
-
-    No weights are copied; extract and evaluate take the folder as a model.
-
-    Example: moecollab mask models/olmoe run/plan.json --out run/masked
-    """
-    mc.mask(model, plan, dtype=dtype, out=out, overwrite=overwrite)
-    _say(f"{out}: {model} masked by {plan}")
-
-
-def prune(
-    model: Model,
-    plan: PlanFile,
-    out: Out,
-    equalise: Annotated[
-        bool, typer.Option("--equalise", help="Cut a per-model plan to equal counts per layer")
-    ] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Cuts the dropped experts out and writes a smaller checkpoint.
-
-    Example: moecollab prune models/olmoe run/plan.json --out run/pruned
-    """
-    with progress.show():
-        mc.prune(model, plan, out=out, equalise=equalise, overwrite=overwrite)
-    _say(f"{out}: {model} without the experts that {plan} drops")
-
-
 def evaluate(  # noqa: PLR0913 (one parameter per option)
     model: Model,
     out: Out,
@@ -372,6 +337,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     agreement,
     blend,
     plan,
+    export,
     iterate,
     mask,
     prune,

@@ -10,8 +10,11 @@ from typing import Any
 from torch import nn
 
 from moecollab.errors import MissingInputError
+from moecollab.manifest import digest_json
+from moecollab.models.applied import Applied
+from moecollab.models.gains import Gains
 from moecollab.models.loading import digest_model, load_model, load_tokenizer
-from moecollab.models.masked import Mask, kept_of
+from moecollab.models.masked import kept_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class Subject:
 
 
 def open_subject(
-    given: Any,  # noqa: ANN401 (path, model or Mask)
+    given: Any,  # noqa: ANN401 (path, model or what is applied to one)
     tokenizer: Any = None,  # noqa: ANN401
     dtype: str = "auto",
 ) -> Subject:
@@ -54,7 +57,7 @@ def open_subject(
     MissingInputError
         When no tokenizer is given and none lies beside the model.
     """
-    target = given.model if isinstance(given, Mask) else given
+    target = given.model if isinstance(given, Applied) else given
     model, beside = load_model(target, dtype, moe=False)
     path = str(target) if not isinstance(target, nn.Module) else _origin(model)
     if tokenizer is None:
@@ -67,9 +70,17 @@ def open_subject(
         model=model,
         tokenizer=tokenizer,
         path=path or type(model).__name__,
-        digest=digest_model(model),
+        digest=_digest(model, given),
         plan=_plan_of(given),
     )
+
+
+def _digest(model: Any, given: Any) -> str:  # noqa: ANN401 (as above)
+    """Digest of a model's weights, and of the factors on its experts, which are no weights."""
+    digest = digest_model(model)
+    if isinstance(given, Gains):
+        return digest_json([digest, given.as_json()])
+    return digest
 
 
 def _origin(model: Any) -> str:  # noqa: ANN401 (any model)
@@ -77,9 +88,9 @@ def _origin(model: Any) -> str:  # noqa: ANN401 (any model)
     return str(getattr(model, "name_or_path", "") or "")
 
 
-def _plan_of(given: Any) -> dict[str, Any] | None:  # noqa: ANN401 (path, model or Mask)
-    """Kept experts of a Mask or of a masked model's folder."""
-    if isinstance(given, Mask):
-        return given.keep.as_json()
+def _plan_of(given: Any) -> dict[str, Any] | None:  # noqa: ANN401 (path, model or what is applied to one)
+    """What is applied to a model, or kept experts of a masked model's folder."""
+    if isinstance(given, Applied):
+        return given.as_json()
     kept = None if isinstance(given, nn.Module) else kept_of(given)
     return None if kept is None else kept.as_json()

@@ -1,18 +1,14 @@
 """The safetensors of a model on disk: what they hold, and reading a few tensors of them.
 
-The format is a length of 8 bytes, a header in JSON with the type, shape and place of each tensor,
-and the tensors (https://huggingface.co/docs/safetensors). Files are read and not mapped, into one
-block for all tensors that are wanted: a mapped file counts with all its bytes against a limit, and
-thousands of small tensors leave holes when they go.
+Files are read and not mapped, into one block for all tensors that are wanted: a mapped file counts
+with all its bytes against a limit, and thousands of small tensors leave holes when they go.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from math import prod
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,51 +18,11 @@ from transformers.utils import cached_file
 
 from moecollab.errors import DataError
 from moecollab.manifest import read_json
+from moecollab.models.headers import Stored, damaged, read_header
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ALIGNED = 64  # bytes; what any type of number may start at
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor on disk, as its file's header describes it.
-
-    Parameters
-    ----------
-    file : Path
-        Where it is.
-    start : int
-        Its first byte in the file.
-    shape : tuple of int
-        Its shape.
-    dtype : dtype
-        Type of its values.
-    """
-
-    file: Path
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the values."""
-        return prod(self.shape) * int(self.dtype.itemsize)
 
 
 class Unread:
@@ -98,7 +54,7 @@ class Unread:
             while len(memory):
                 read = file.readinto(memory)
                 if not read:
-                    raise _damaged(self._stored.file, "it ends within a tensor")
+                    raise damaged(self._stored.file, "it ends within a tensor")
                 memory = memory[read:]
         tensor = block.view(self._stored.dtype).view(self._stored.shape)
         return tensor[key]  # type: ignore[index]  # as transformers asks
@@ -114,10 +70,13 @@ class Checkpoint:
         Folder or hub name.
     tensors : dict of str to Stored
         From the headers of the files; no weights are read.
+    metadata : dict of str to str
+        What the first file says of itself.
     """
 
     path: str
     tensors: dict[str, Stored]
+    metadata: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str) -> Checkpoint:
@@ -126,19 +85,16 @@ class Checkpoint:
         Raises
         ------
         DataError
-            When there are no safetensors, a file is truncated, or a file or tensor that the index
-            names is missing.
+            When there are no safetensors, a file is damaged, lies outside the folder or holds a
+            tensor that another holds too, or one that the index names is missing.
         """
+        whole = _resolve(path, _WHOLE)  # which transformers prefers, if there are both
+        if whole is not None:
+            return cls(path, *read_header(whole))
         index = _resolve(path, _INDEX)
-        if index is not None:
-            return cls(path, _indexed(path, index))
-        whole = _resolve(path, _WHOLE)
-        if whole is None:
-            raise DataError(
-                f"{path} holds no safetensors; save the model with save_pretrained, or record it "
-                "without layer_by_layer"
-            )
-        return cls(path, _header(whole))
+        if index is None:
+            raise DataError(f"{path} holds no safetensors; save the model with save_pretrained")
+        return cls(path, *_indexed(path, index))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -160,63 +116,71 @@ class Checkpoint:
         yield {key: Unread(stored, places.pop(key)) for key, stored in wanted.items()}
 
 
-def _header(file: Path) -> dict[str, Stored]:
-    """Tensors of one file."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if size < 8 + length:
-            raise _damaged(file, "it ends within its header")
-        try:
-            header = json.loads(opened.read(length))
-            header.pop("__metadata__", None)
-            found = {key: _stored(file, 8 + length, entry) for key, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as cause:
-            raise _damaged(file, f"its header says {cause}") from cause
-    if any(one.start + one.n_bytes > size for one in found.values()):
-        raise _damaged(file, f"it has {size} bytes, which is less than its header says")
-    return found
-
-
-def _stored(file: Path, first: int, entry: dict[str, Any]) -> Stored:
-    start, end = (int(place) for place in entry["data_offsets"])
-    shape = tuple(int(length) for length in entry["shape"])
-    found = Stored(file, first + start, shape, _DTYPES[entry["dtype"]])
-    if start < 0 or end - start != found.n_bytes:
-        raise ValueError(f"{end - start} bytes for {shape}")
-    return found
-
-
-def _damaged(file: Path, why: str) -> DataError:
-    return DataError(f"{file} is truncated or damaged ({why}); download or save it again")
-
-
-def _indexed(path: str, index: Path) -> dict[str, Stored]:
-    """Tensors of all files of an index, each from the file that the index names."""
+def _indexed(path: str, index: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Tensors of all files of an index, those that it forgets too, and the first one's metadata."""
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise DataError(f"{index} names no weights; download or save the model again")
-    headers = {}
+    found: dict[str, Stored] = {}
+    notes = []
     for name in sorted({str(name) for name in named.values()}):
         file = _resolve(path, name)
         if file is None:
             raise DataError(
                 f"{path} lacks {name}, which its index names; download or save the model again"
             )
-        headers[name] = _header(file)
-    for key, name in named.items():
-        if key not in headers[name]:
-            raise DataError(
-                f"{name} in {path} lacks the weight {key}, which the index puts there; download or "
-                "save the model again"
-            )
-    return {key: headers[name][key] for key, name in named.items()}
+        tensors, metadata = read_header(file)
+        _check_indexed(path, name, tensors, {key for key in named if named[key] == name}, found)
+        found |= tensors
+        notes.append(metadata)
+    return found, notes[0]
+
+
+def _check_indexed(
+    path: str, name: str, tensors: dict[str, Stored], named: set[str], others: dict[str, Stored]
+) -> None:
+    """Refuses a file without what the index puts there, or with what another file has."""
+    for key in sorted(named - set(tensors)):
+        raise DataError(
+            f"{name} in {path} lacks the weight {key}, which the index puts there; download or "
+            "save the model again"
+        )
+    for key in sorted(set(tensors) & set(others)):
+        raise DataError(
+            f"{path} holds the weight {key} twice, in {others[key].file.name} and in {name}; "
+            "download or save the model again"
+        )
 
 
 def _resolve(path: str, name: str) -> Path | None:
     """A file of a folder or hub model, or None if it is not there."""
     if Path(path).is_dir():
-        file = Path(path) / name
-        return file if file.is_file() else None
+        return file_inside(Path(path), name)
     found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
+
+
+def file_inside(folder: Path, name: str) -> Path | None:
+    """A file that a folder holds by a name from outside, or None if it is not there.
+
+    Links may lead to the blobs of a snapshot in the cache of the hub, which is how it keeps files,
+    but nowhere else outside.
+
+    Raises
+    ------
+    DataError
+        When the name or a link leads out of the folder.
+    """
+    file = folder / name
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parent.parent / "blobs")
+    outside = Path(name).is_absolute() or ".." in Path(name).parts
+    if not outside and not file.is_file():
+        return None
+    if outside or not any(file.resolve().is_relative_to(root) for root in roots):
+        raise DataError(
+            f"{folder} names the file {name}, which lies outside it; download the model again, or "
+            "copy the file there if you trust it"
+        )
+    return file

@@ -82,14 +82,14 @@ class Converter:
         shapes = self.model.state_dict()
         found: dict[str, tuple[str | None, list[str]]] = {}
         for key in self.checkpoint.tensors:
-            target, pattern = self._target(key, shapes)
+            target, pattern = self.target(key, shapes)
             if target in shapes:
                 found.setdefault(target, (pattern, []))[1].append(key)
         return [
             self._part(target, pattern, keys, shapes) for target, (pattern, keys) in found.items()
         ]
 
-    def _target(self, key: str, shapes: dict[str, Any]) -> tuple[str, str | None]:
+    def target(self, key: str, shapes: dict[str, Any]) -> tuple[str, str | None]:
         """First name in the model that a key goes to, and the pattern that puts it there."""
         prefix = self.model.base_model_prefix
         with _expected():

@@ -75,7 +75,7 @@ class ModulesCapture(Capture):
         kwargs: dict[str, Any],
         output: Any,  # noqa: ANN401
     ) -> None:
-        ids, weights = _read(self.layer, output)
+        ids, weights = read_routing(self.layer, output)
         self.ids = ids.detach().reshape(-1, ids.shape[-1]).clone()
         self.weights = weights.detach().reshape(self.ids.shape).clone()
         self.given = [*tensors_of((*args, *kwargs.values()))[:1], *self.given]
@@ -185,7 +185,7 @@ class ModulesCapture(Capture):
         )
 
 
-def _read(layer: MoeLayer, output: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+def read_routing(layer: MoeLayer, output: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
     """Ids and weights, each (…, top_k), of what a router returned."""
     if layer.layout.routing is not None:
         return _routing(layer, output)

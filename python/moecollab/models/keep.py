@@ -8,10 +8,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
+from torch import Tensor, nn
+
 from moecollab.errors import PlanError, SchemaError, UnsupportedModelError
 from moecollab.manifest import read_json
 from moecollab.models.groups import router_groups
 from moecollab.models.routing import MoeLayer
+from moecollab.models.slicing import router_rows
 
 
 class KeepsExperts(Protocol):
@@ -104,6 +107,13 @@ def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:
             f"experts of {layout.family} cannot be masked or cut yet: {layout.fixed}; "
             "recording and scoring work"
         )
+    check_fits(keep, layers)
+    for layer in layers:
+        _check_router(keep.keep[layer.layer], layer)
+
+
+def check_fits(keep: Keep, layers: Sequence[MoeLayer]) -> None:
+    """Raises PlanError unless layers and ids are those of the model."""
     numbers = [layer.layer for layer in layers]
     if numbers != list(keep.keep):
         raise PlanError(
@@ -111,7 +121,7 @@ def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:
             "make the plan from activations of this model"
         )
     for layer in layers:
-        _check_layer(keep, layer)
+        _check_ids(keep, layer)
 
 
 def check_cut(layers: Sequence[MoeLayer]) -> None:
@@ -123,7 +133,27 @@ def check_cut(layers: Sequence[MoeLayer]) -> None:
         )
 
 
-def _check_layer(keep: Keep, layer: MoeLayer) -> None:
+def check_untied(model: nn.Module, layers: Sequence[MoeLayer]) -> None:
+    """Raises UnsupportedModelError when a tensor to be cut is used elsewhere too."""
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    for layer in layers:
+        cut: list[Tensor] = [
+            *layer.experts.parameters(),
+            *(value for _, _, value in router_rows(layer)),
+        ]
+        for tensor in cut:
+            used = names.get(id(tensor), [])
+            other = [name for name in used if not name.startswith(f"{layer.name}.")]
+            if other:
+                raise UnsupportedModelError(
+                    f"layer {layer.layer} cannot be cut, as {other[0]} is one tensor with its "
+                    "own; give each its own copy, or mask the model instead"
+                )
+
+
+def _check_ids(keep: Keep, layer: MoeLayer) -> None:
     kept = keep.keep[layer.layer]
     if keep.n_experts != layer.n_experts:
         raise PlanError(
@@ -135,6 +165,9 @@ def _check_layer(keep: Keep, layer: MoeLayer) -> None:
             f"layer {layer.layer} keeps {list(kept)}, which are not distinct ids in "
             f"[0, {layer.n_experts}); correct the plan"
         )
+
+
+def _check_router(kept: tuple[int, ...], layer: MoeLayer) -> None:
     if len(kept) < layer.top_k:
         raise PlanError(
             f"layer {layer.layer} would keep {len(kept)} experts but the router selects "

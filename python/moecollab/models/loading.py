@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -26,6 +26,7 @@ from moecollab.manifest import digest_bytes, digest_json, read_json
 from moecollab.models.masked import Mask, read_masked
 from moecollab.models.registry import layout_of
 from moecollab.models.routing import find_moe_layers
+from moecollab.models.uneven import counts_of, shrink, shrunk
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _SAMPLED = 4096
@@ -48,7 +49,8 @@ def load_model(
     ----------
     model : Module, path or hub name
         A loaded model is returned as it is, in its own mode; of one that ``torch.compile``
-        returned, the model inside. A masked model's folder is loaded and masked.
+        returned, the model inside. A masked model's folder is loaded and masked; a pruned model
+        whose layers hold different numbers of experts is built so.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type of the weights; "auto" is that of the files.
     device : str, optional
@@ -198,7 +200,8 @@ def open_config(path: str, *, moe: bool) -> Any:  # noqa: ANN401 (transformers i
 
 def _load_weights(path: str, dtype: str, *, moe: bool, **placed: Any) -> Any:  # noqa: ANN401
     config = open_config(path, moe=moe)
-    with explained(path), quiet():
+    uneven = counts_of(config) is not None
+    with explained(path), quiet(), shrunk(type(skeleton(config))) if uneven else nullcontext():
         model, report = _auto_class(config).from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed
         )
@@ -241,12 +244,14 @@ def skeleton(config: Any, **settings: Any) -> Any:  # noqa: ANN401
     """The model of a configuration without weights, on the meta device."""
     try:
         with torch.device("meta"):
-            return _auto_class(config).from_config(config, **settings)
+            model = _auto_class(config).from_config(config, **settings)
     except ValueError as cause:
         raise DataError(
             f"{type(config).__name__} is not the configuration of a causal language model; "
             "choose a model that generates text"
         ) from cause
+    shrink(model)
+    return model
 
 
 @contextmanager

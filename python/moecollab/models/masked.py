@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from moecollab.errors import DataError, UnsupportedModelError
 from moecollab.manifest import read_json
+from moecollab.models.applied import Applied
 from moecollab.models.keep import Keep, check_keep, keep_from_json
 from moecollab.models.remap import remap
 from moecollab.models.routing import MoeLayer, find_moe_layers
-from moecollab.models.slicing import Change, replace_tensor, router_rows, slice_router, undo
+from moecollab.models.slicing import replace_tensor, router_rows, slice_router, undo
 
 MASK_FILE = "moecollab.json"
 CHOICE_BIAS = "e_score_correction_bias"
@@ -32,7 +32,7 @@ MASKED = "masked model"
 PRUNED = "pruned model"
 
 
-class Mask:
+class Mask(Applied):
     """A mask that is on a model until :meth:`remove` is called or a ``with`` block ends.
 
     Parameters
@@ -44,41 +44,25 @@ class Mask:
     """
 
     def __init__(self, model: nn.Module, keep: Keep) -> None:
-        self.model: Any = model
         self.keep = keep
-        self._changes: list[Change] = []
-        self._handles: list[RemovableHandle] = []
-        layers = find_moe_layers(model)
-        check_keep(keep, layers)
-        try:
-            for layer in layers:
-                self._mask_layer(layer, keep.keep[layer.layer])
-        except BaseException:
-            self.remove()
-            raise
+        super().__init__(model)
 
-    def _mask_layer(self, layer: MoeLayer, kept: Sequence[int]) -> None:
-        self._changes += slice_router(layer, kept, block=layer.layout.container)
-        self._handles.append(remap(layer, kept))
+    def _apply(self) -> None:
+        layers = find_moe_layers(self.model)
+        check_keep(self.keep, layers)
+        for layer in layers:
+            kept = self.keep.keep[layer.layer]
+            self._changes += slice_router(layer, kept, block=layer.layout.container)
+            self._handles.append(remap(layer, kept))
 
-    def remove(self) -> None:
-        """Restores the very tensors the model had; a second call does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        undo(self._changes)
-        self._handles, self._changes = [], []
-
-    def __enter__(self) -> Mask:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.remove()
+    def as_json(self) -> dict[str, Any]:
+        """The plan."""
+        return self.keep.as_json()
 
     def __repr__(self) -> str:
         counts = sorted({len(kept) for kept in self.keep.keep.values()})
         kept = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        state = "on" if self._handles else "removed from"
-        return f"Mask({kept} of {self.keep.n_experts} experts, {state} {type(self.model).__name__})"
+        return f"Mask({kept} of {self.keep.n_experts} experts, {self._where})"
 
 
 @contextmanager

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
-from moecollab.errors import DataError
+from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_json
+from moecollab.models.gains import Blocked, Factors, Gains
 from moecollab.models.keep import Keep, PlanLike, read_keep
 from moecollab.models.loading import ModelLike, load_model
 from moecollab.models.masked import MASK_FILE, MASKED, Mask, read_masked
+
+Mode: TypeAlias = Literal["reroute", "zero", "renormalise"]
 
 
 def mask(
     model: ModelLike,
     plan: PlanLike,
     *,
+    mode: Mode = "reroute",
     dtype: str = "auto",
     out: str | PathLike[str] | None = None,
     overwrite: bool = False,
-) -> Mask:
-    """Masks a model's routers so that they choose only kept experts.
+) -> Mask | Blocked:
+    """Masks a model's routers so that they choose only kept experts, as the pruned model does.
 
     Parameters
     ----------
@@ -30,6 +35,11 @@ def mask(
         A loaded model is masked in place until the mask is removed.
     plan : Plan or path
         Kept experts of every MoE layer; layers may keep different numbers.
+    mode : {"reroute", "zero", "renormalise"}
+        For analyses: "zero" leaves the router as it is and takes the outputs of dropped experts
+        away; "renormalise" also scales the weights of a token's other experts to the sum that all
+        had. Neither asks for ``top_k`` experts a layer or equal router groups; a token none of
+        whose experts are left has a routed output of zero and is counted in ``lost``.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type the weights are loaded in, if `model` is a path; "auto" is that of the files.
     out : path, optional
@@ -43,16 +53,42 @@ def mask(
     PlanError
         When the plan does not fit the model, or the model is masked already.
     """
+    if mode not in get_args(Mode):
+        raise SettingsError("mode", mode, f"one of {', '.join(get_args(Mode))}")
     if out is not None:
+        if mode != "reroute":
+            raise SettingsError("mode", mode, "'reroute' where a folder is written")
         refuse_existing(Path(out), overwrite=overwrite)
         if not isinstance(model, nn.Module) and Path(model).resolve() == Path(out).resolve():
             raise DataError(f"{out} is the model itself; choose another output")
     keep = read_keep(plan)
     loaded, _ = load_model(model, dtype)
-    masked = Mask(loaded, keep)
+    masked = Mask(loaded, keep) if mode == "reroute" else Blocked(loaded, keep, mode)
     if out is not None:
         _write_masked(Path(out), _base_of(model), keep, overwrite=overwrite)
     return masked
+
+
+def amplify(model: ModelLike, gain: Factors, *, dtype: str = "auto") -> Gains:
+    """Multiplies the outputs of a model's experts, whose routers stay as they are.
+
+    Parameters
+    ----------
+    model : Module, path or hub name
+        A loaded model is changed until the gains are removed.
+    gain : mapping or array of shape (n_layers, n_experts)
+        Factors by (layer, expert), 1 where nothing is said: 0 takes outputs away, 2 doubles them.
+        They multiply those that are on the model already; under a mask, ids are the model's own.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        Type the weights are loaded in, if `model` is a path.
+
+    Raises
+    ------
+    PlanError
+        When there is no such expert.
+    """
+    loaded, _ = load_model(model, dtype)
+    return Gains(loaded, gain)
 
 
 def _base_of(model: ModelLike) -> str:

@@ -25,10 +25,13 @@ def remap(layer: MoeLayer, kept: Sequence[int]) -> RemovableHandle:
     if layer.layout.routing is not None:
         mapped = _wide_logits
 
-    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
-        return mapped(output, original)
+    return layer.router.register_forward_hook(_Mapped(original, mapped), prepend=True)
 
-    return layer.router.register_forward_hook(hook, prepend=True)
+
+def masks_first(hooks: dict[int, Callable[..., Any]]) -> None:
+    """Brings the hooks of masks before all others of a module, who need the ids they give."""
+    others = [key for key, hook in hooks.items() if not isinstance(hook, _Original | _Mapped)]
+    hooks.update({key: hooks.pop(key) for key in others})
 
 
 class _Original:
@@ -59,6 +62,18 @@ class _Original:
         full = values.new_full((*values.shape[:-1], self.n_experts), fill)
         full[..., self.kept.to(values.device)] = values
         return full
+
+
+class _Mapped:
+    """A hook after routers, which turns what they return into what the layer's own would."""
+
+    def __init__(self, original: _Original, mapped: Callable[[Any, _Original], Any]) -> None:
+        self.original = original
+        self.mapped = mapped
+
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:  # noqa: ANN401
+        """Maps one output."""
+        return self.mapped(output, self.original)
 
 
 def _wide_scores(output: Any, original: _Original) -> Any:  # noqa: ANN401

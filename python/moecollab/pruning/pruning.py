@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,120 +12,173 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from moecollab.errors import DataError, PlanError
+from moecollab.errors import DataError, PlanError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
-from moecollab.models.keep import Keep, check_cut, check_keep, read_keep
+from moecollab.models.keep import Keep, check_cut, check_keep, check_untied, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
-from moecollab.models.routing import MoeLayer, find_moe_layers, text_config
+from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
+from moecollab.models.uneven import Arrangement, Uneven, arranged, bar
+from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base
+from moecollab.pruning.counts import count_field, count_names, holder_of
 from moecollab.pruning.plans import Plan, load_plan
+from moecollab.pruning.streaming.folder import Writing, prune_folder
+from moecollab.pruning.streaming.journal import begun
+from moecollab.pruning.streaming.shards import parse_size
 
 
 def prune(
     model: ModelLike,
-    plan: Plan | str | PathLike[str],
+    plan: Plan | Keep | str | PathLike[str],
     *,
     out: str | PathLike[str] | None = None,
-    equalise: bool = False,
+    uneven: Uneven | None = None,
+    evaluations: Sequence[Any] | None = None,
+    shard_size: str | int = "5GB",
+    verify: bool = False,
     overwrite: bool = False,
 ) -> Any:  # noqa: ANN401 (transformers is untyped)
     """Cuts the experts that a plan drops, with their router rows, out of a model.
 
-    Kept experts stay in their order and are numbered anew from 0. A loaded model is changed in
+    Kept experts stay in their order and are numbered anew from 0. With `out`, a model in a folder
+    is never built: its files are copied without the experts that go, in memory that does not grow
+    with the model, and a killed run goes on when it is repeated. A loaded model is changed in
     place; its experts are gone for good, unlike under a mask.
 
     Parameters
     ----------
     model : Module, path or hub name
         The whole model.
-    plan : Plan or path
+    plan : Plan, Keep or path
         Kept experts of every MoE layer.
     out : path, optional
-        Folder for the checkpoint; tokenizer files go along.
-    equalise : bool
-        Whether to bring a plan whose layers keep different numbers to one number.
+        Folder for the checkpoint; tokenizer and licence files go along, and a README.md says what
+        was done.
+    uneven : {"equalise", "pad", "native"}, optional
+        How a plan whose layers keep different numbers is carried out: brought to one number by its
+        scores; filled up with experts that no token can choose, where the router adds a bias to
+        choose by (the model is then built in memory); or as it is, a checkpoint that
+        :func:`moecollab.load_model` alone loads.
+    evaluations : sequence of Evaluation or paths, optional
+        What the cut costs, for the README: of the whole model, and of this plan under a mask.
+    shard_size : str or int
+        Bytes of tensors in one file of the checkpoint at most, such as "5GB".
+    verify : bool
+        Whether to read the checkpoint again and compare it with the folder it was made from.
     overwrite : bool
         Whether `out` may be replaced.
 
     Returns
     -------
-    Module
-        The smaller model.
+    Module or Path
+        `out` where `model` is a folder and `out` is given; the smaller model otherwise.
 
     Raises
     ------
+    DataError
+        When files of the model are missing or damaged, or the checkpoint cannot be written.
     PlanError
-        When the plan does not fit the model, or its layers keep different numbers.
+        When the plan does not fit the model, or its layers keep different numbers and `uneven`
+        does not say how to write them.
+    UnsupportedModelError
+        When experts of the family cannot be cut, its layers not be padded, or it is not certain
+        what a tensor on disk is.
     """
-    if out is not None:
-        refuse_existing(Path(out), overwrite=overwrite)
+    size = parse_size(shard_size)
     decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
-    keep = read_keep(decided.equalised() if equalise else decided)
-    if not keep.uniform:
-        raise _not_uniform(keep)
+    if uneven == "equalise" and isinstance(decided, Plan):
+        decided = decided.equalised()
+    keep = read_keep(decided)
+    in_memory = uneven == "pad" and not keep.uniform
+    source = _folder(model) if out is not None and not in_memory else None
+    if verify and source is None:
+        raise SettingsError("verify", verify, "False, unless a folder is pruned into another")
+    if out is not None and not (source is not None and begun(Path(out))):
+        refuse_existing(Path(out), overwrite=overwrite)
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
+    why = about(_origin(model), decided if isinstance(decided, Plan) else None, evaluations)
+    how = Writing(shard_size=size, verify=verify, overwrite=overwrite, uneven=uneven, about=why)
+    if source is not None and out is not None:
+        return prune_folder(source, keep, Path(out), how)
+    return _prune_loaded(model, keep, out, how)
+
+
+def _folder(model: ModelLike) -> Path | None:
+    """The folder that a model is in, if it is given as one."""
+    return None if isinstance(model, nn.Module) or not Path(model).is_dir() else Path(model)
+
+
+def _origin(model: ModelLike) -> str:
+    """Path or hub name that a model came from, or its class if it came from nowhere."""
+    if isinstance(model, nn.Module):
+        return str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return str(model)
+
+
+def _prune_loaded(
+    model: ModelLike, keep: Keep, out: str | PathLike[str] | None, how: Writing
+) -> Any:  # noqa: ANN401
+    """Cuts a model in memory, and writes it if there is an output."""
     loaded, tokenizer = load_model(model)
     layers = find_moe_layers(loaded)
     check_keep(keep, layers)
     check_cut(layers)
-    _cut(loaded, layers, keep)
+    check_untied(loaded, layers)
+    arrangement = arranged(keep, how.uneven, layers)
+    before = Size.of_model(loaded)
+    _cut(loaded, layers, arrangement)
     if out is not None:
-        source = str(loaded.name_or_path) if isinstance(model, nn.Module) else str(model)
-        with new_folder(Path(out), overwrite=overwrite) as folder, quiet():
-            _save(loaded, folder, tokenizer, source)
-            write_json(folder / MASK_FILE, {"kind": PRUNED, "experts": keep.as_json()})
+        with new_folder(Path(out), overwrite=how.overwrite) as folder, quiet():
+            _save(loaded, folder, how.shard_size)
+            _save_beside(tokenizer, Path(_origin(model)), folder)
+            write_json(folder / MASK_FILE, {"kind": PRUNED} | arrangement.note())
+            if how.about is not None:
+                text = card(how.about, arrangement, before, Size.of_folder(folder))
+                write_bytes(folder / CARD, text.encode())
     return loaded
 
 
-def _not_uniform(keep: Keep) -> PlanError:
-    counts = {layer: len(kept) for layer, kept in keep.keep.items()}
-    least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
-    return PlanError(
-        f"layer {least} keeps {counts[least]} experts and layer {most} keeps {counts[most]}, but "
-        "a checkpoint has one number for all layers; pass equalise=True (--equalise), plan with "
-        "per='layer' and an amount other than mass, or mask the model instead"
-    )
-
-
-def _cut(model: nn.Module, layers: list[MoeLayer], keep: Keep) -> None:
+def _cut(model: nn.Module, layers: list[MoeLayer], arrangement: Arrangement) -> None:
     """Cuts all layers and the configuration, or nothing."""
     changes: list[Change] = []
+    dummies = arrangement.dummies
     try:
         for layer in layers:
-            kept = keep.keep[layer.layer]
-            changes += slice_router(layer, kept)
-            changes += slice_experts(layer, kept)
+            held = arrangement.held.keep[layer.layer]
+            changes += slice_router(layer, held)
+            changes += slice_experts(layer, held)
+            if layer.layer in dummies:
+                changes.append(bar(layer, dummies[layer.layer]))
     except BaseException:
         undo(changes)
         raise
-    owner, name = _count_field(model, layers[0])
-    setattr(owner, name, len(keep.keep[layers[0].layer]))
+    owner, name = count_field(model, layers[0])
+    setattr(owner, name, arrangement.count)
+    for entry, value in arrangement.config_entry().items():
+        setattr(vars(model)["config"], entry, value)
 
 
-def _count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:
-    """Configuration object and field with the number of experts."""
-    owner: Any = text_config(model)
-    *path, name = layer.layout.count.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    return owner, name
-
-
-def _save(model: Any, folder: Path, tokenizer: Any, source: str) -> None:  # noqa: ANN401
-    """Writes weights, configuration and tokenizer."""
+def _save(model: Any, folder: Path, size: int) -> None:  # noqa: ANN401
+    """Writes weights and configuration."""
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=size)
     except SafetensorError as cause:  # how a full disk shows itself
         raise DataError(
             f"the weights could not be written to {folder.parent} ({cause}); free space there or "
             "choose another output"
         ) from cause
     _write_aliases(model, folder)
+
+
+def _save_beside(tokenizer: Any, source: Path, folder: Path) -> None:  # noqa: ANN401
+    """Writes a tokenizer, by its original files where there are any, and the base's own README."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for file in _tokenizer_files(Path(source)):
+    for file in of_the_base(source):
+        shutil.copyfile(file, folder / base_name(file.name))
+    for file in _tokenizer_files(source):
         # The original files win: a tokenizer that is loaded and saved again may change its format.
         shutil.copyfile(file, folder / file.name)
 
@@ -141,27 +194,17 @@ def _tokenizer_files(source: Path) -> Iterator[Path]:
 
 
 def _write_aliases(model: Any, folder: Path) -> None:  # noqa: ANN401
-    """Writes the number of experts under every name that some version of transformers reads.
-
-    The name in ``config.json`` has changed between versions, and an older one that misses its name
-    silently takes its default.
-    """
-    owner, name = _count_field(model, find_moe_layers(model)[0])
-    aliases = getattr(type(owner), "attribute_map", {})
-    target = aliases.get(name, name)
-    names = {name, target, *(alias for alias, to in aliases.items() if to == target)}
+    """Writes the number of experts under every name that some version of transformers reads."""
+    layer = find_moe_layers(model)[0]
+    owner, name = count_field(model, layer)
+    names = count_names(model, layer)
     path = folder / "config.json"
     config = json.loads(path.read_bytes())
-    place = _holder(config, target)
+    place = holder_of(config, names)
     if place is not None:
-        place.update(dict.fromkeys(sorted(names), getattr(owner, name)))
+        held = config
+        for part in place:
+            held = held[part]
+        held.update(dict.fromkeys(names, getattr(owner, name)))
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_bytes(path, text.encode(), overwrite=True)
-
-
-def _holder(config: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """The object, at the top or below, that has a key."""
-    if name in config:
-        return config
-    parts = (_holder(value, name) for value in config.values() if isinstance(value, dict))
-    return next((part for part in parts if part is not None), None)

@@ -1,0 +1,293 @@
+"""The README of a pruned checkpoint: what was dropped and why, what it costs, how to load it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from moecollab.errors import DataError
+from moecollab.manifest import check_manifest, read_json, versions
+from moecollab.models.checkpoint import Checkpoint
+from moecollab.models.uneven import Arrangement
+from moecollab.pruning.plans import Plan
+
+CARD = "README.md"
+
+_KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_VALUES = ("value", "stderr")
+_LEGAL = ("licen", "notice", "use_policy", "copying")
+
+Row: TypeAlias = tuple[str, str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers and bytes that the weights of a model take.
+
+    Parameters
+    ----------
+    parameters : int
+        Numbers stored; of packed weights, packs.
+    n_bytes : int
+        Their bytes.
+    """
+
+    parameters: int
+    n_bytes: int
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Size:
+        """The size of a loaded model; what is tied counts once."""
+        held = {id(one): one for one in model.state_dict(keep_vars=True).values()}.values()
+        return cls(
+            sum(one.numel() for one in held), sum(one.numel() * one.element_size() for one in held)
+        )
+
+    @classmethod
+    def of_folder(cls, path: Path) -> Size:
+        """The size of a checkpoint, from the headers of its files."""
+        held = Checkpoint.open(str(path)).tensors.values()
+        return cls.of([(one.shape, one.n_bytes) for one in held])
+
+    @classmethod
+    def of(cls, tensors: Sequence[tuple[tuple[int, ...], int]]) -> Size:
+        """The size of tensors, given the shape and bytes of each."""
+        return cls(sum(math.prod(shape) for shape, _ in tensors), sum(size for _, size in tensors))
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card tells that is known before anything is cut.
+
+    Parameters
+    ----------
+    base : str
+        Name of the model that is cut: of its folder, or on the hub.
+    front : tuple of str
+        Lines of YAML that hold on.
+    plan : Plan, optional
+        Why; without one, only what was dropped is told.
+    costs : tuple of rows
+        What evaluations measured.
+    """
+
+    base: str
+    front: tuple[str, ...]
+    plan: Plan | None
+    costs: tuple[Row, ...]
+
+
+def about(base: str, plan: Plan | None, evaluations: Sequence[Any] | None = None) -> About:
+    """What is known of a model, by its path or name, of a plan, and of what it costs.
+
+    Raises
+    ------
+    DataError
+        When an evaluation is missing or not whole.
+    SchemaError
+        When a file is no evaluation.
+    """
+    source = Path(base)
+    name = _folder_name(source.resolve()) if source.is_dir() else base
+    front = tuple(_front_matter(source / CARD))
+    rows = [row for one in evaluations or () for row in _rows_of(_evaluation(one))]
+    return About(name, front, plan, tuple(rows))
+
+
+def _folder_name(folder: Path) -> str:
+    """Name of the model in a folder; in the hub's own cache, that on the hub."""
+    cached = next((one.name for one in folder.parents if one.name.startswith("models--")), None)
+    return folder.name if cached is None else cached.removeprefix("models--").replace("--", "/", 1)
+
+
+def card(why: About, arrangement: Arrangement, before: Size, after: Size) -> str:
+    """The text of README.md for a pruned checkpoint."""
+    parts = [
+        *_head(why, arrangement),
+        *_sizes(arrangement, before, after),
+        *_reasons(why.plan, arrangement),
+        *_layers(arrangement),
+        *_costs(why.costs),
+        *_loading(arrangement),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def base_name(name: str) -> str:
+    """Name that a file of the base has beside the card: its own READMEs step back."""
+    return f"BASE_{name}" if re.fullmatch(rf"(BASE_)*{re.escape(CARD)}", name) else name
+
+
+def of_the_base(source: Path) -> Iterator[Path]:
+    """The READMEs and licence files of a model's folder; none of another path."""
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
+        legal = file.name.lower().startswith(_LEGAL)
+        if file.is_file() and (legal or base_name(file.name) != file.name):
+            yield file
+
+
+def _front_matter(card: Path) -> list[str]:
+    """Lines of the YAML at the head of a card that hold for what is made of the model as well."""
+    if not card.is_file():
+        return []
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    fences = [number for number, line in enumerate(lines) if line.strip() == "---"]
+    if len(fences) < 2 or fences[0]:
+        return []
+    kept, taking = [], False
+    for line in lines[1 : fences[1]]:
+        if line[:1].strip() and not line.startswith(("-", "#")):  # a field, not more of the last
+            taking = line.partition(":")[0].strip() in _KEPT_FIELDS
+        if taking:
+            kept.append(line)
+    return kept
+
+
+def _head(why: About, arrangement: Arrangement) -> list[str]:
+    fields, name = {line.partition(":")[0] for line in why.front}, why.base
+    unknown = [] if "license" in fields else ["# license: that of the base model; state it here"]
+    n_experts, counts = arrangement.keep.n_experts, _spread(arrangement.keep.keep.values())
+    return [
+        "---",
+        *why.front,
+        *unknown,
+        f"base_model: {_quoted(name)}",
+        "tags: [mixture-of-experts, pruned, moecollab]",
+        "---",
+        "",
+        f"# {name} with {counts} of {n_experts} experts a layer",
+        "",
+        f"Made from `{name}` by removing routed experts, without any training, with moecollab "
+        f"{versions().get('moecollab', '')}.",
+        "",
+    ]
+
+
+def _quoted(text: str) -> str:
+    """Text as a YAML string, whatever is in it."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _spread(kept: Iterable[Sequence[int]]) -> str:
+    counts = sorted({len(one) for one in kept})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _sizes(arrangement: Arrangement, before: Size, after: Size) -> list[str]:
+    keep = arrangement.keep
+    left = sum(len(kept) for kept in keep.keep.values())
+    rows = [
+        ("MoE layers", len(keep.keep), len(keep.keep)),
+        ("routed experts", len(keep.keep) * keep.n_experts, left),
+        ("experts a layer", keep.n_experts, _spread(keep.keep.values())),
+        ("experts a token", keep.top_k, keep.top_k),
+        ("numbers stored", f"{before.parameters:,}", f"{after.parameters:,}"),
+        ("bytes of weights", f"{before.n_bytes:,}", f"{after.n_bytes:,}"),
+    ]
+    return ["| | before | after |", "| --- | --: | --: |"] + [
+        f"| {name} | {old} | {new} |" for name, old, new in rows
+    ]
+
+
+def _reasons(plan: Plan | None, arrangement: Arrangement) -> list[str]:
+    lines = ["", "## What was dropped", ""]
+    made = arrangement.keep.settings
+    criterion = made.get("criterion") if plan is None else plan.criterion
+    lines.append(f"- **Criterion**: {criterion or 'not known: the kept experts were given'}.")
+    if plan is not None:
+        asked = {"drop": round(plan.drop, 6), "per": plan.per}
+        asked |= {} if plan.budget is None else plan.budget.as_json()
+        said = ", ".join(f"{name} {value}" for name, value in asked.items())
+        lines.append(f"- **Budget**: {said}.")
+        protected = sum(map(len, plan.protected.values()))
+        if protected:
+            lines.append(f"- **Protected**: {protected} experts that had to stay.")
+        if plan.sureness is not None:
+            lines.append(f"- **Sureness**: those kept stay in {plan.sureness:.1%} of draws.")
+        recorded = plan.activations or "no recording: from the weights alone, or not known"
+        lines.append(f"- **Calibration**: recording with digest {recorded}.")
+    lines.append("- Original ids of all experts that stayed: `experts` in `moecollab.json`.")
+    return lines
+
+
+def _layers(arrangement: Arrangement) -> list[str]:
+    keep, dummies = arrangement.keep, arrangement.dummies
+    lines = ["", "## Experts by layer", "", "| layer | before | after | padding |"]
+    lines.append("| --: | --: | --: | --: |")
+    for layer, kept in keep.keep.items():
+        lines.append(
+            f"| {layer} | {keep.n_experts} | {len(kept)} | {len(dummies.get(layer, []))} |"
+        )
+    return lines
+
+
+def _costs(rows: Sequence[Row]) -> list[str]:
+    lines = ["", "## What it costs", ""]
+    if not rows:
+        return [
+            *lines,
+            "Not measured yet. On text and tasks of your own, here and on the base:",
+            "",
+            "```",
+            "moecollab evaluate MODEL --corpus held_out.jsonl --tasks arc_easy --out pruned.json",
+            "```",
+        ]
+    lines += ["| model | measure | value | standard error | n |", "| --- | --- | --: | --: | --: |"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _evaluation(given: Any) -> Mapping[str, Any]:  # noqa: ANN401 (an Evaluation or its file)
+    """An evaluation as plain data."""
+    if not isinstance(given, str | PathLike):
+        found: Mapping[str, Any] = given.as_json()
+        return found
+    read = read_json(Path(given))
+    check_manifest(read, "evaluation", 1, Path(given))
+    return read
+
+
+def _rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
+    """Model, measure, value, standard error and size of every measure."""
+    try:
+        name, documents = str(found["name"]), found["documents"]
+        if documents is not None:
+            tokens = sum(documents["tokens"])
+            loss = math.fsum(documents["nll"]) / tokens
+            yield name, "loss, nats a token", f"{loss:.4f}", "", f"{tokens:,} tokens"
+        for task in found["tasks"]:
+            value, error = ("" if task[key] is None else f"{task[key]:.4g}" for key in _VALUES)
+            yield name, f"{task['task']} {task['metric']}", value, error, f"{task['n']:,} questions"
+    except (LookupError, TypeError, ZeroDivisionError) as cause:
+        raise DataError(
+            f"evaluation {found.get('name')!r} is not whole ({cause!r}); evaluate again"
+        ) from cause
+
+
+def _loading(arrangement: Arrangement) -> list[str]:
+    lines = ["", "## Loading", "", f"This checkpoint {arrangement.loads}.", "", "```python"]
+    if arrangement.native:
+        lines += ["import moecollab", "", 'model, tokenizer = moecollab.load_model("FOLDER")']
+    else:
+        lines += [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        ]
+    lines.append("```")
+    if not arrangement.native:
+        lines += ["", "```", "vllm serve FOLDER", "```", "", "vLLM was not run when this was made."]
+    return [
+        *lines,
+        "",
+        "Limits: experts were judged on the calibration text; other languages, tasks and styles "
+        "may lose more. Evaluate on what you need before you serve it.",
+    ]

@@ -1,0 +1,60 @@
+"""Where a configuration says how many experts there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from moecollab.models.routing import MoeLayer, text_config
+
+
+def count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:
+    """Configuration object and field with the number of experts."""
+    owner: Any = text_config(model)
+    *path, name = layer.layout.count.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def count_names(model: nn.Module, layer: MoeLayer) -> list[str]:
+    """All names under which some version of transformers reads the number of experts.
+
+    The name in ``config.json`` has changed between versions, and an older one that misses its name
+    silently takes its default.
+    """
+    owner, name = count_field(model, layer)
+    aliases = getattr(type(owner), "attribute_map", {})
+    target = aliases.get(name, name)
+    return sorted({name, target, *(alias for alias, to in aliases.items() if to == target)})
+
+
+def holder_of(config: Any, names: list[str]) -> tuple[str, ...] | None:  # noqa: ANN401
+    """Path of the object in a configuration, at the top or below, that has one of the names."""
+    if not isinstance(config, dict):
+        return None
+    if any(name in config for name in names):
+        return ()
+    for key, value in config.items():
+        below = holder_of(value, names)
+        if below is not None:
+            return (key, *below)
+    return None
+
+
+def text_path(config: Any) -> tuple[str, ...]:  # noqa: ANN401 (transformers is untyped)
+    """Fields that lead from a configuration to that of its text part."""
+    text = config.get_text_config()
+    return () if text is config else _path_to(config, text) or ()
+
+
+def _path_to(config: Any, wanted: Any) -> tuple[str, ...] | None:  # noqa: ANN401
+    for name in getattr(config, "sub_configs", {}):
+        part = getattr(config, name, None)
+        if part is wanted:
+            return (name,)
+        below = None if part is None else _path_to(part, wanted)
+        if below is not None:
+            return (name, *below)
+    return None

@@ -1,0 +1,1 @@
+"""Pruning a folder of safetensors without building its model."""

@@ -1,0 +1,171 @@
+"""The README of a pruned checkpoint, field by field."""
+
+import json
+
+import pytest
+
+import models
+from moecollab import evaluate
+from moecollab.errors import DataError, SchemaError
+from moecollab.models.keep import Keep
+from moecollab.models.routing import find_moe_layers
+from moecollab.pruning.plans import Plan
+from moecollab.pruning.pruning import prune
+
+BASE = """---
+library_name: transformers
+license: other
+license_name: someone's
+license_link: https://example.org/licence
+language:
+- en
+- de
+datasets:
+- secret
+---
+
+# The base
+
+It is good.
+"""
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A model's folder with a card and a licence."""
+    folder = models.save("qwen3_moe", tmp_path / "Some-MoE")
+    (folder / "README.md").write_text(BASE)
+    (folder / "LICENSE.txt").write_text("You may.")
+    return folder
+
+
+def plan_of(*, scores=None, **more):
+    layers = find_moe_layers(models.build("qwen3_moe"))
+    keep = dict(zip((one.layer for one in layers), ((0, 2, 5, 7), (1, 3, 6, 7)), strict=True))
+    settings = {"criterion": "reap", "drop": 0.5, "per": "layer"} | more
+    return Plan(keep=keep, n_experts=8, top_k=2, scores=scores, **settings)
+
+
+def read(folder):
+    text = (folder / "README.md").read_text()
+    front, _, body = text.removeprefix("---\n").partition("---\n")
+    return front.splitlines(), body
+
+
+def rows(body, start):
+    """Cells of the table whose first line begins so."""
+    lines = body[body.index(start) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def size_of(folder):
+    """Numbers and bytes in safetensors, read by their own library."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors").values()
+    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_every_field(base, tmp_path):
+    plan = plan_of(protected={1: (0,)}, activations="abc123", sureness=0.9)
+    prune(base, plan, out=tmp_path / "small")
+    front, body = read(tmp_path / "small")
+    assert front == [
+        *("license: other", "license_name: someone's"),
+        *("license_link: https://example.org/licence", "language:", "- en", "- de"),
+        'base_model: "Some-MoE"',
+        "tags: [mixture-of-experts, pruned, moecollab]",
+    ]
+    assert body.startswith("\n# Some-MoE with 4 of 8 experts a layer\n")
+    (old, old_bytes), (new, new_bytes) = size_of(base), size_of(tmp_path / "small")
+    assert new < old
+    assert rows(body, "| | before") == [
+        ["MoE layers", "2", "2"],
+        ["routed experts", "16", "8"],
+        ["experts a layer", "8", "4"],
+        ["experts a token", "2", "2"],
+        ["numbers stored", f"{old:,}", f"{new:,}"],
+        ["bytes of weights", f"{old_bytes:,}", f"{new_bytes:,}"],
+    ]
+    assert "- **Criterion**: reap.\n- **Budget**: drop 0.5, per layer.\n" in body
+    assert "- **Protected**: 1 experts that had to stay.\n" in body
+    assert "- **Sureness**: those kept stay in 90.0% of draws.\n" in body
+    assert "- **Calibration**: recording with digest abc123.\n" in body
+    assert rows(body, "| layer |") == [["1", "8", "4", "0"], ["2", "8", "4", "0"]]
+    assert "Not measured yet." in body
+    assert "loads in transformers and in engines that read one expert count." in body
+    assert 'AutoModelForCausalLM.from_pretrained("FOLDER")' in body
+    assert str(tmp_path) not in body, "no path of this machine"
+    assert (tmp_path / "small" / "BASE_README.md").read_text() == BASE
+    assert (tmp_path / "small" / "LICENSE.txt").read_text() == "You may."
+
+
+def test_card_of_native_layers(base, tmp_path):
+    keep = Keep({1: (0, 2, 5, 7), 2: (1, 3, 6)}, 8, 2)
+    prune(base, keep, uneven="native", out=tmp_path / "small")
+    _, body = read(tmp_path / "small")
+    assert "with 3 to 4 of 8 experts a layer" in body
+    assert rows(body, "| layer |") == [["1", "8", "4", "0"], ["2", "8", "3", "0"]]
+    assert "- **Criterion**: not known: the kept experts were given." in body
+    assert "loads with moecollab.load_model only; others stop" in body
+    assert "vllm" not in body
+
+
+def test_card_of_padded_layers(tmp_path):
+    base = models.save("deepseek_v3", tmp_path / "base")
+    prune(base, Keep({1: (0, 2, 5, 7), 2: (1, 6)}, 8, 2), uneven="pad", out=tmp_path / "small")
+    front, body = read(tmp_path / "small")
+    assert front[0] == "# license: that of the base model; state it here"
+    assert rows(body, "| layer |") == [["1", "8", "4", "0"], ["2", "8", "2", "2"]]
+    assert not (tmp_path / "small" / "BASE_README.md").exists()
+
+
+def test_costs(base, tmp_path, texts):
+    full = evaluate(base, corpus=texts, name="full")
+    full.save(tmp_path / "full.json")
+    tried = evaluate(base, corpus=texts, name="masked")
+    prune(base, plan_of(), out=tmp_path / "small", evaluations=[tmp_path / "full.json", tried])
+    table = rows(read(tmp_path / "small")[1], "| model | measure")
+    n_tokens = f"{full.documents['tokens'].sum():,} tokens"
+    loss = ["loss, nats a token", f"{full.loss:.4f}", "", n_tokens]
+    assert table == [["full", *loss], ["masked", *loss]]
+
+
+def test_costs_of_tasks(base, tmp_path):
+    task = {"task": "arc", "metric": "acc", "value": 0.512345, "stderr": None, "n": 1200}
+    found = {"kind": "evaluation", "format": 1, "name": "x", "documents": None, "tasks": [task]}
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(found))
+    prune(base, plan_of(), out=tmp_path / "small", evaluations=[path])
+    table = rows(read(tmp_path / "small")[1], "| model | measure")
+    assert table == [["x", "arc acc", "0.5123", "", "1,200 questions"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ({"kind": "plan", "format": 1}, SchemaError, "expected evaluation version 1"),
+        ({"kind": "evaluation", "format": 1}, DataError, "is not whole"),
+    ],
+)
+def test_evaluations_are_read_before_the_work(content, error, message, base, tmp_path):
+    (tmp_path / "found.json").write_text(json.dumps(content))
+    model = models.build("qwen3_moe")
+    with pytest.raises(error, match=message):
+        prune(model, plan_of(), out=tmp_path / "small", evaluations=[tmp_path / "found.json"])
+    assert find_moe_layers(model)[0].n_experts == 8
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("text", ["", "# No front matter\n", "---\nlicense: mit\n", "---\n---\n"])
+def test_cards_of_bases_that_say_nothing(text, base, tmp_path):
+    (base / "README.md").write_text(text)
+    prune(base, plan_of(), out=tmp_path / "small")
+    front, _ = read(tmp_path / "small")
+    assert front[0].startswith("# license: that of the base")
+    assert (tmp_path / "small" / "BASE_README.md").read_text() == text
+
+
+def test_a_model_from_nowhere_has_a_card(tmp_path):
+    prune(models.build("qwen3_moe"), plan_of(), out=tmp_path / "small")
+    assert 'base_model: "Qwen3MoeForCausalLM"' in read(tmp_path / "small")[0]
