@@ -153,6 +153,7 @@ def test_rows_of_patterns_by_hand(tmp_path):
         n_experts=3,
         layers=(0,),
         domains=("all",),
+        shift=np.ones((1, 2)),
     )
     acts = table.save(tmp_path / "a")
     atoms, usage = [[0.5, 0.5, 1], [1, 1, 1]], [4.0, 9.0]
@@ -180,7 +181,9 @@ def test_atoms_that_explain_all_leave_nothing(acts, rows, weights):
 def test_patterns_fitted_on_samples_are_scored(acts):
     fitted = HSDL(atoms=(4,), rows="sample", seed=0, threads=1).fit(acts)
     found = score("pattern_coverage", acts, collaboration=fitted).values
-    np.testing.assert_allclose(found.sum(), acts.tallies().total()["sum_weighted_norm"].sum())
+    total = acts.tallies().total()
+    expected = np.sqrt(total["sum_shift"] * total["sum_weighted_norm"]).sum()
+    np.testing.assert_allclose(found.sum(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("function", [coverage, output_coverage, pattern_coverage])

@@ -18,7 +18,7 @@ POWER = 2.0
 
 
 def coverage(evidence: Evidence, /) -> NDArray[np.float64]:
-    """Harm that each expert does to its layer's tokens when it goes, the least harmful first.
+    """Harm to a layer's tokens when an expert goes, the least harmful first.
 
     Formula: in every layer, a token t that draws v_t(s) = g(t, s) ‖f(t, s)‖₂ √(Z(s) / O(s)) from
         expert s has the mass m_t = Σ_s v_t(s), and is harmed by m_t x_t^p, x_t the share of m_t
@@ -38,7 +38,7 @@ def coverage(evidence: Evidence, /) -> NDArray[np.float64]:
 
 
 def output_coverage(evidence: Evidence, /) -> NDArray[np.float64]:
-    """As ``coverage``, for models of which it is not known how far experts turn the stream.
+    """As ``coverage`` where it is not known how far experts turn the stream.
 
     Formula: as ``coverage`` with v_t(s) = g(t, s) ‖f(t, s)‖₂
     Needs: output norms, tokens
@@ -51,20 +51,20 @@ def output_coverage(evidence: Evidence, /) -> NDArray[np.float64]:
 
 
 def pattern_coverage(evidence: Evidence, /) -> NDArray[np.float64]:
-    """Harm that each expert does to patterns when it goes, the least harmful first.
+    """Harm to a layer's part in patterns when an expert goes, the least first.
 
     Formula: as ``coverage`` with an atom a of level 1 in place of a token, v_a(s) = D(a, s) usage_a
-        O(s) / max(X(s), Σ_a D(a, s) usage_a), X(s) the sum of the fitted rows and O(s) =
-        Σ_t g(t, s) ‖f(t, s)‖₂, of all layers together; what atoms leave of O(s) is a row of its own
-    Needs: output norms, tokens, collaboration
+        √(Z(s) O(s)) / max(X(s), Σ_a D(a, s) usage_a), X(s) the sum of the fitted rows; what atoms
+        leave of √(Z(s) O(s)) is a row of its own
+    Needs: output norms, shift, tokens, collaboration
     Direction: higher is kept
     Cost: reads the recording to add up X, then O(n_atoms n_sites) for each time that all sites are
         looked at again, lazily
-    Source: ours, near the maximisation of submodular coverage by greedy removal, evaluated lazily
-        as by Minoux 1978; with p = 1 it is ``reap_sum``
-    Not defined when: never; an expert without tokens scores 0, one in no pattern its O(s)
+    Source: ours, as ``coverage``. With p = 1 it is √(Z O)
+    Not defined when: never; an expert without tokens scores 0, one in no pattern its √(Z O)
     """
-    return harm(pattern_rows(evidence)).reshape(evidence.shape)
+    rows = by_layer(turned(pattern_rows(evidence), evidence), evidence)
+    return harm(rows).reshape(evidence.shape)
 
 
 def harm(
@@ -213,5 +213,5 @@ _TOKENS = Needs.OUTPUT_NORMS | Needs.TOKENS
 CRITERIA = (
     Criterion("coverage", _TOKENS | Needs.SHIFT, coverage),
     Criterion("output_coverage", _TOKENS, output_coverage),
-    Criterion("pattern_coverage", _TOKENS | Needs.COLLABORATION, pattern_coverage),
+    Criterion("pattern_coverage", _TOKENS | Needs.SHIFT | Needs.COLLABORATION, pattern_coverage),
 )
