@@ -81,7 +81,7 @@ def _steps(out: Path, seed: int, threads: int | None) -> Iterator[str]:
         MODEL,
         calibration,
         out=out / "activations",
-        collect=("coverage",),
+        collect="shift",
         seed=seed,
         dtype=DTYPE,
         overwrite=True,
