@@ -16,11 +16,13 @@ from moecollab.criteria import Criterion, Needs
 from moecollab.criteria.base import Evidence
 from moecollab.criteria.caep import ranks, threshold_fraction
 from moecollab.criteria.coverage import (
+    by_layer,
     explained_rows,
     fitted_rows,
     harm,
     pattern_rows,
     token_rows,
+    turned,
 )
 from moecollab.record.rows import Rows
 
@@ -37,13 +39,13 @@ def coverage_3(evidence: Evidence, /) -> np.ndarray:
     """Harm to tokens, with losses taken together counting still more.
 
     Formula: as ``coverage`` with p = 3
-    Needs: output norms, tokens
+    Needs: output norms, shift, tokens
     Direction: higher is kept
     Cost: as ``coverage``
     Source: ours
     Not defined when: never; an expert without tokens scores 0
     """
-    return harm(token_rows(evidence), power=3.0).reshape(evidence.shape)
+    return harm(_coverage_rows(evidence), power=3.0).reshape(evidence.shape)
 
 
 def pattern_coverage_3(evidence: Evidence, /) -> np.ndarray:
@@ -187,13 +189,13 @@ def fair_coverage(evidence: Evidence, /) -> np.ndarray:
     Formula: as ``coverage`` with tokens weighted by λ_d / M_d, M_d the mass of their domain d; λ
         starts equal and grows by exp(2 h_d / max h) in each of 12 rounds, h_d being the share of
         M_d that the first `drop` of all experts harm; the round of the least max h is taken
-    Needs: output norms, tokens
+    Needs: output norms, shift, tokens
     Direction: higher is kept
     Cost: 12 times ``coverage``
     Source: ours; multiplicative weights, Arora et al. 2012
     Not defined when: never; an expert without tokens scores 0
     """
-    rows = token_rows(evidence)
+    rows = _coverage_rows(evidence)
     domain = _domains(evidence)[rows.sample]
     return _fairest(rows, domain, evidence.drop).reshape(evidence.shape)
 
@@ -264,41 +266,34 @@ def _row_sums(rows: Rows, chosen: np.ndarray | None = None) -> np.ndarray:
 
 
 def shift_coverage(evidence: Evidence, /) -> np.ndarray:
-    """Harm to tokens, with experts counted by how far they turn the stream on average.
+    """Harm to tokens, with experts counted by the shift itself in place of its root.
 
-    Formula: as ``coverage`` with v_t(s) Z(s) / O(s) in place of v_t(s), Z the score ``easy_ep`` and
-        O that of ``reap_sum``
+    Formula: as ``coverage`` with Z(s) / O(s) in place of its root
     Needs: output norms, shift, tokens
     Direction: higher is kept
     Cost: as ``coverage``
     Source: ours; with p = 1 it is EASY-EP, Dong et al. 2025 (arXiv:2504.06792)
     Not defined when: never; an expert without tokens scores 0
     """
-    shift, output = (evidence.tallies[name].ravel() for name in ("sum_shift", "sum_weighted_norm"))
-    factor = np.divide(shift, output, out=np.zeros(len(output)), where=output > 0)
-    return harm(_times(token_rows(evidence), factor)).reshape(evidence.shape)
+    return harm(turned(_coverage_rows(evidence), evidence)).reshape(evidence.shape)
 
 
-def relative_coverage(evidence: Evidence, /) -> np.ndarray:
-    """Harm to tokens, with all layers alike.
+def whole_coverage(evidence: Evidence, /) -> np.ndarray:
+    """Harm to tokens, with what they lose in all layers taken together.
 
-    Formula: as ``coverage`` with v_t(l, e) / (Σ_t Σ_e v_t(l, e) / T) in place of v_t(l, e)
+    Formula: as ``output_coverage`` with x_t the share that is gone of Σ_s v_t(s) over all layers
     Needs: output norms, tokens
     Direction: higher is kept
     Cost: as ``coverage``
-    Source: ours
+    Source: ours; what ``coverage`` was before 22 November 2026
     Not defined when: never; an expert without tokens scores 0
     """
-    rows = token_rows(evidence)
-    total = np.bincount(rows.sites, rows.values, rows.n_sites).reshape(evidence.shape).sum(axis=1)
-    factor = np.divide(rows.n_rows, total, out=np.zeros(len(total)), where=total > 0)
-    return harm(_times(rows, np.repeat(factor, evidence.shape[1]))).reshape(evidence.shape)
+    return harm(token_rows(evidence)).reshape(evidence.shape)
 
 
-def _times(rows: Rows, factor: np.ndarray) -> Rows:
-    """Rows with every site's values times its factor."""
-    values = (rows.values * factor[rows.sites]).astype(np.float32)
-    return Rows(rows.indptr, rows.sites, values, rows.sample, rows.n_sites)
+def _coverage_rows(evidence: Evidence) -> Rows:
+    """What ``coverage`` reads."""
+    return by_layer(turned(token_rows(evidence), evidence), evidence)
 
 
 def _domains(evidence: Evidence) -> np.ndarray:
@@ -324,16 +319,16 @@ def _matrix(rows: Rows):
 _TOKENS = Needs.OUTPUT_NORMS | Needs.TOKENS
 _PATTERNS = _TOKENS | Needs.COLLABORATION
 VARIANTS: dict[Callable[[Evidence], np.ndarray], tuple[Needs, bool]] = {
-    coverage_3: (_TOKENS, False),
+    coverage_3: (_TOKENS | Needs.SHIFT, False),
     pattern_coverage_3: (_PATTERNS, False),
     pattern_coverage_2: (_PATTERNS, False),
     caep_output: (_PATTERNS, True),
     lift: (_PATTERNS, False),
     redundancy: (_PATTERNS | Needs.CHANNELS, False),
-    fair_coverage: (_TOKENS, True),
+    fair_coverage: (_TOKENS | Needs.SHIFT, True),
     fair_patterns: (_PATTERNS, True),
     shift_coverage: (_TOKENS | Needs.SHIFT, False),
-    relative_coverage: (_TOKENS, False),
+    whole_coverage: (_TOKENS, False),
 }
 """Every variant with what it needs, and whether it holds for one dropped fraction only."""
 

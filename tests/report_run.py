@@ -8,6 +8,7 @@ import polars as pl
 
 from moecollab.criteria.scoring import score
 from moecollab.evaluation.evaluation import Evaluation
+from moecollab.evaluation.usage import Usage
 from moecollab.manifest import MANIFEST, manifest, write_json
 from moecollab.pruning.planning import plan
 from moecollab.pruning.resampling import uncertainty
@@ -21,6 +22,8 @@ WORDS = (" the", " court", " sum", "<script>alert(1)</script>", " king", "\n", "
 N_SAMPLES, LENGTH = 24, 40
 SURE = ("caep-25", "gate_sum-25")
 """Plans whose scores were resampled."""
+WROTE = ("full", "caep-25", "random-50")
+"""Evaluations that wrote on and were timed."""
 CRITERIA = ("frequency", "gate_sum", "random")
 
 
@@ -125,9 +128,48 @@ def write_evaluations(folder: Path, plans) -> None:
             seed=0,
         )
         masked = plans[name].as_json() if name in plans else None
+        about["settings"]["generate"] = 12
         Evaluation(
-            name=name, model="tiny", documents=pl.DataFrame(table), plan=masked, about=about
+            name=name,
+            model="tiny",
+            documents=pl.DataFrame(table),
+            generations=written(cost) if name in WROTE else None,
+            usage=usage(name) if name in WROTE else None,
+            plan=masked,
+            about=about,
         ).save(folder / f"{name}.json")
+
+
+def written(cost) -> pl.DataFrame:
+    """What a model says after four beginnings: the dearer, the more often the same."""
+    rng = np.random.default_rng(3)
+    ids = [rng.integers(0, 2 if cost > 0.2 else 40, 12).tolist() for _ in range(4)]
+    columns = {
+        "prompt": [f"d{i}" for i in range(4)],
+        "domain": [DOMAINS[i % len(DOMAINS)] for i in range(4)],
+        "text": [f"Beginning {i} <b>of</b>" for i in range(4)],
+        "written": ["".join(f" <i>w{token}</i>" for token in row) for row in ids],
+        "ids": ids,
+    }
+    return pl.DataFrame(columns)
+
+
+def usage(name) -> Usage:
+    """Speed and size, other ones for every name."""
+    fast = float(len(name))
+    return Usage(
+        batch=1,
+        prompt_tokens=48,
+        new_tokens=12,
+        threads=1,
+        device="cpu",
+        prefill=(100 * fast, 120 * fast, 90 * fast),
+        decode=(10 * fast, 12 * fast, 9 * fast),
+        parameters=1234 * len(name),
+        weight_bytes=2_000_000,
+        resident_bytes=None if name == "full" else 3_000_000,
+        disk_bytes=1_500_000,
+    )
 
 
 def write_run(folder: Path) -> Path:

@@ -3,8 +3,10 @@
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -14,6 +16,7 @@ from safetensors.numpy import load_file
 from moecollab.errors import DataError, MissingInputError, OutputExistsError, StaleInputError
 from moecollab.evaluation.differences import differences
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
+from moecollab.evaluation.repetition import ends_in_loop, longest_loop
 from moecollab.pruning.plans import load_plan
 from moecollab.pruning.rankings import agreement
 from moecollab.reporting import numbers
@@ -31,6 +34,7 @@ from report_run import (
     N_EXPERTS,
     SURE,
     TOP_K,
+    WROTE,
     write_activations,
     write_run,
 )
@@ -185,12 +189,44 @@ def expected_sureness(run):
     return found
 
 
+def expected_trials(run):
+    """What it should say of written text, speed and size, from the evaluations' files."""
+    found, shares = {}, {}
+    for name in WROTE:
+        file = json.loads((run / "evaluations" / f"{name}.json").read_text())
+        texts, usage = file["generations"]["ids"], file["usage"]
+        pairs = [list(pairwise(ids)) for ids in texts]
+        fours = [[tuple(ids[i : i + 4]) for i in range(len(ids) - 3)] for ids in texts]
+        shares[name] = np.mean([1 - len(set(grams)) / len(grams) for grams in fours])
+        written, key = f"written.{name}", f"usage.{name}"
+        found |= {
+            f"{written}.n": len(texts),
+            f"{written}.rep_4": shares[name],
+            f"{written}.rep_2": np.mean([1 - len(set(grams)) / len(grams) for grams in pairs]),
+            f"{written}.loop": np.mean([longest_loop(ids) / len(ids) for ids in texts]),
+            f"{written}.stuck": np.mean([ends_in_loop(ids) for ids in texts]),
+            f"{written}.distinct_2": len({p for grams in pairs for p in grams})
+            / sum(map(len, texts)),
+            f"{key}.prefill": np.median(usage["prefill"]),
+            f"{key}.decode": np.median(usage["decode"]),
+            f"{key}.parameters": usage["parameters"],
+            f"{key}.weights": usage["weight_bytes"] / 1e6,
+            f"{key}.disk": usage["disk_bytes"] / 1e6,
+        }
+        if usage["resident_bytes"] is not None:
+            found[f"{key}.resident"] = usage["resident_bytes"] / 1e6
+        if name != "full":
+            found[f"{written}.difference"] = 100 * (shares[name] - shares["full"])
+    return found
+
+
 def test_every_number_equals_the_files_beside_the_page(run, html):
     page = Numbers(html)
     block = json.loads(page.block)
     use, overall = expected_use(run)
     expected = use | expected_drops(run, overall) | expected_costs(run) | expected_patterns(run)
-    expected |= expected_sureness(run)
+    expected |= expected_sureness(run) | expected_trials(run)
+    assert set(expected_trials(run)) <= set(block)
     assert set(expected_sureness(run)) - set(block) == {f"sure.gate_sum.2.{x}" for x in UNSHOWN}
     by_other_tests = re.compile(r".*\.(low|high|top_lift)|patterns\.\d\.\d+\.domain\..*")
     unknown = {key for key in block if key not in expected and not by_other_tests.fullmatch(key)}
@@ -275,14 +311,18 @@ def test_scores_without_a_spread_or_company_have_no_such_figures(run, tmp_path):
 def test_intervals_are_those_of_differences(run, html):
     block = json.loads(Numbers(html).block)
     found = {path.stem: load_evaluation(path) for path in (run / "evaluations").glob("*.json")}
-    for row in differences(found).filter(pl.col("domain") == "all").iter_rows(named=True):
-        if row["model"] != "full":
+    table = differences(found).filter(pl.col("domain") == "all", pl.col("model") != "full")
+    for row in table.iter_rows(named=True):
+        if row["metric"] == "rep_4":
+            assert block[f"written.{row['model']}.low"] == 100 * row["difference_low"]
+            assert block[f"written.{row['model']}.high"] == 100 * row["difference_high"]
+        elif row["measure"] == "loss":
             assert block[f"cost.{row['model']}.low"] == row["difference_low"]
             assert block[f"cost.{row['model']}.high"] == row["difference_high"]
     pair = differences(
         {name: found[name] for name in ("caep-25", "random-25")}, baseline="random-25"
     )
-    row = pair.filter((pl.col("model") == "caep-25") & (pl.col("domain") == "all"))
+    row = pair.filter(measure="loss", model="caep-25", domain="all")
     assert block["gap.caep-25.random-25.low"] == row["difference_low"].item()
 
 
@@ -342,6 +382,22 @@ def test_a_page_is_not_replaced_unasked(run, tmp_path):
     assert page.read_text() == "mine"
     report(page, evaluations=run / "evaluations", overwrite=True)
     assert "What it cost" in page.read_text()
+
+
+def test_what_models_write_stands_side_by_side(html, run, tmp_path):
+    assert html.count("Beginning 1 &lt;b&gt;of&lt;/b&gt;") == 1
+    head = html[html.index("<h4>Side by side") :]
+    assert re.findall(r"<th>(.*?)</th>", head[: head.index("</tr>")]) == [
+        *("beginning", "full", "caep-25", "random-50")
+    ]
+    assert "Median of 3 rounds after a warm-up: 1 sequence of 48 drawn tokens" in html
+    shutil.copytree(run / "evaluations", tmp_path / "evaluations")
+    for file in (tmp_path / "evaluations").glob("*.json"):
+        plain = json.loads(file.read_text()) | {"generations": None, "usage": None}
+        file.write_text(json.dumps(plain))
+    without = report(tmp_path / "page.html", run=tmp_path).read_text()
+    assert "Side by side" not in without
+    assert "Speed and size" not in without
 
 
 def test_missing_parts_are_said(run, tmp_path):

@@ -47,6 +47,7 @@ TWICE = (
     "easy_ep",
     "shapley",
     "coverage",
+    "output_coverage",
 )
 """Criteria that a text read twice doubles."""
 
@@ -289,7 +290,7 @@ def test_recorded_groups_answer_every_criterion(recorded):
 
 
 def test_wrong_settings(acts):
-    with pytest.raises(SettingsError, match=r"drop is 1; it must be in \[0, 1\)"):
+    with pytest.raises(SettingsError, match="drop is 1; it must be a share between 0 and 1"):
         score("reap", acts, drop=1)
     with pytest.raises(SettingsError, match="seed is -1; it must be at least 0"):
         score("random", acts, seed=-1)

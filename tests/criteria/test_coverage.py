@@ -10,7 +10,16 @@ from synthetic import Recorded
 
 from moecollab import _core
 from moecollab.criteria.base import Evidence
-from moecollab.criteria.coverage import coverage, harm, pattern_coverage, pattern_rows, token_rows
+from moecollab.criteria.coverage import (
+    by_layer,
+    coverage,
+    harm,
+    output_coverage,
+    pattern_coverage,
+    pattern_rows,
+    token_rows,
+    turned,
+)
 from moecollab.criteria.scoring import score
 from moecollab.errors import DataError, MissingInputError, SettingsError, ShapeError
 from moecollab.patterns.dictionary import HSDL
@@ -78,8 +87,39 @@ def test_experts_that_share_tokens_do_not_fall_together(tmp_path):
     )
     acts = table.save(tmp_path / "a")
     # Expert 1 adds 1²/2 of each of two tokens, then 3 adds 3²/6, then 0 and 2 the rest.
-    assert score("coverage", acts).values.tolist() == [[3.0, 1.0, 4.5, 1.5]]
+    assert score("output_coverage", acts).values.tolist() == [[3.0, 1.0, 4.5, 1.5]]
     assert score("reap_sum", acts).values.tolist() == [[2.0, 2.0, 3.0, 3.0]]
+
+
+def test_layers_harm_tokens_apart():
+    """Tokens draw 1 and 3 from the two experts of one layer, 2 from one of the other's."""
+    rows = Rows.of([[1, 3, 2, 0], [0, 0, 0, 5], [0, 0, 0, 0]])
+    evidence = Evidence(tallies=Tallies.zeros(("a",), 2, 2).total(), top_k=2)
+    cut = by_layer(rows, evidence)
+    expected = [[1, 3, 0, 0], [0, 0, 2, 0], [0, 0, 0, 5]]
+    np.testing.assert_array_equal(cut.dense(), expected)
+    assert cut.sample.tolist() == [0, 0, 1]
+    # 1 of 4 is gone, then all: 4 (1/4)², 4 - 4 (1/4)²; the others are alone in their rows.
+    np.testing.assert_allclose(harm(cut), [0.25, 3.75, 2, 5])
+
+
+def test_layers_are_scored_as_each_alone(acts):
+    """Harm in one layer does not know the other: the same from rows of that layer alone."""
+    evidence = Evidence(tallies=acts.tallies().total(), top_k=2, activations=acts)
+    found, dense = output_coverage(evidence), token_rows(evidence).dense()
+    for layer in range(2):
+        own = dense[:, layer * 6 : (layer + 1) * 6]
+        np.testing.assert_allclose(found[layer], harm(Rows.of(own)), rtol=1e-6)
+
+
+def test_coverage_counts_by_the_angle(acts):
+    """With p = 1 it is the geometric mean of EASY-EP's and REAP's sums."""
+    tallies = acts.tallies().total()
+    evidence = Evidence(tallies=tallies, top_k=2, activations=acts)
+    found = harm(by_layer(turned(token_rows(evidence), evidence), evidence), power=1.0)
+    expected = np.sqrt(tallies["sum_shift"] * tallies["sum_weighted_norm"]).ravel()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(coverage(evidence).sum(), expected.sum(), rtol=1e-5)
 
 
 def test_with_power_one_both_are_total_output(acts, collaboration):
@@ -113,6 +153,7 @@ def test_rows_of_patterns_by_hand(tmp_path):
         n_experts=3,
         layers=(0,),
         domains=("all",),
+        shift=np.ones((1, 2)),
     )
     acts = table.save(tmp_path / "a")
     atoms, usage = [[0.5, 0.5, 1], [1, 1, 1]], [4.0, 9.0]
@@ -140,10 +181,12 @@ def test_atoms_that_explain_all_leave_nothing(acts, rows, weights):
 def test_patterns_fitted_on_samples_are_scored(acts):
     fitted = HSDL(atoms=(4,), rows="sample", seed=0, threads=1).fit(acts)
     found = score("pattern_coverage", acts, collaboration=fitted).values
-    np.testing.assert_allclose(found.sum(), acts.tallies().total()["sum_weighted_norm"].sum())
+    total = acts.tallies().total()
+    expected = np.sqrt(total["sum_shift"] * total["sum_weighted_norm"]).sum()
+    np.testing.assert_allclose(found.sum(), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("function", [coverage, pattern_coverage])
+@pytest.mark.parametrize("function", [coverage, output_coverage, pattern_coverage])
 def test_functions_say_what_they_lack(function):
     bare = Evidence(tallies=Tallies.zeros(("a",), 1, 2).total(), top_k=1)
     with pytest.raises(MissingInputError, match=r"are needed; (pass activations|fit them)"):

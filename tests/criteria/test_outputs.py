@@ -91,5 +91,5 @@ def test_equal_outputs_have_no_spread(recorded, tmp_path):
 
 
 def test_shares_of_domains_need_domains(table):
-    with pytest.raises(MissingInputError, match="sums by domain, which resampled sums are not"):
+    with pytest.raises(MissingInputError, match="sums by domain, which this evidence lacks"):
         easy_ep_mixed(Evidence(tallies=table.tallies().total(), top_k=2))

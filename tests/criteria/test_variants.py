@@ -10,7 +10,7 @@ from synthetic import Recorded
 
 from moecollab import criteria
 from moecollab.criteria.base import FORM, Evidence
-from moecollab.criteria.coverage import fitted_rows, harm, pattern_rows, token_rows
+from moecollab.criteria.coverage import fitted_rows, harm, pattern_rows
 from moecollab.criteria.scoring import score
 from moecollab.record.rows import Rows
 
@@ -119,7 +119,7 @@ def test_fairness_lessens_the_worst_harm(variants, name, evidence, monkeypatch):
     found = getattr(variants, name)(evidence)
     monkeypatch.setattr(variants, "ROUNDS", 1)
     alike = getattr(variants, name)(evidence)
-    rows, domain = token_rows(evidence), variants._domains(evidence)
+    rows, domain = variants._coverage_rows(evidence), variants._domains(evidence)
     if name == "fair_patterns":
         parts = variants._domain_rows(evidence)
         rows, domain = Rows.join(parts), np.repeat([0, 1], [part.n_rows for part in parts])
@@ -140,14 +140,17 @@ def test_rows_of_domains_add_up_to_their_outputs(variants, evidence):
         np.testing.assert_allclose(part.dense().sum(axis=0), expected.ravel(), rtol=1e-5)
 
 
-def test_shift_and_layers_rescale_tokens(variants, evidence, monkeypatch):
-    """With p = 1 they are EASY-EP, and shares of the layer's output a token."""
+def test_shift_coverage_with_power_one_is_easy_ep(variants, evidence, monkeypatch):
     monkeypatch.setattr(variants, "harm", lambda rows: harm(rows, power=1.0))
-    tallies = evidence.tallies
-    np.testing.assert_allclose(variants.shift_coverage(evidence), tallies["sum_shift"], rtol=1e-5)
-    output = tallies["sum_weighted_norm"]
-    share = output / output.sum(axis=1, keepdims=True) * evidence.activations.n_tokens
-    np.testing.assert_allclose(variants.relative_coverage(evidence), share, rtol=1e-5)
+    shift = evidence.tallies["sum_shift"]
+    np.testing.assert_allclose(variants.shift_coverage(evidence), shift, rtol=1e-5)
+
+
+def test_layers_together_harm_more_than_each(variants, evidence):
+    """A token that loses half of one layer has lost less than half of all."""
+    whole = variants.whole_coverage(evidence).sum()
+    output = evidence.tallies["sum_weighted_norm"].sum()
+    np.testing.assert_allclose(whole, output, rtol=1e-6)  # all gone: the whole mass of every token
 
 
 def test_caep_in_units_of_output_by_hand(variants, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,16 @@ def model_path(name: str | None) -> str | None:
     return str(MODEL)
 
 
+def batch_size_of(asked: str | int) -> int | str:
+    """A batch size as written: a number, or auto."""
+    if asked == "auto":
+        return "auto"
+    try:
+        return int(asked)
+    except ValueError as cause:
+        raise typer.BadParameter(f"{asked!r} is neither a whole number nor auto") from cause
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -38,6 +48,14 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
 Context = Annotated[int, typer.Option(help="Tokens read at once; longer text is read in pieces")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")]
 Batch = Annotated[int, typer.Option(help="Windows run at once")]
+AnyBatch = Annotated[
+    Any,
+    typer.Option(
+        help="Sequences run at once, or auto: what memory holds",
+        parser=batch_size_of,
+        metavar="INTEGER|auto",
+    ),
+]
 Corpus = Annotated[Path, typer.Argument(help=".txt, .jsonl (text, domain) or .parquet file")]
 Tokens = Annotated[int | None, typer.Option(help="Record this many tokens at most")]
 Recorded = Annotated[Path, typer.Argument(help="Folder made by extract")]

@@ -14,6 +14,7 @@ from moecollab import progress
 from moecollab.cli.comparing import compare
 from moecollab.cli.cutting import mask, prune
 from moecollab.cli.deciding import agreement, blend, export, plan, uncertainty
+from moecollab.cli.evaluating import evaluate
 from moecollab.cli.imports import import_
 from moecollab.cli.options import (
     Batch,
@@ -247,46 +248,6 @@ def score(  # noqa: PLR0913 (one parameter per option)
         out=out,
         overwrite=overwrite,
     )
-    _say(f"{out}: {found!r}")
-
-
-def evaluate(  # noqa: PLR0913 (one parameter per option)
-    model: Model,
-    out: Out,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Held-out text: .txt, .jsonl, .parquet")
-    ] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="lm-eval task; may be repeated")] = None,
-    task_folder: Annotated[Path | None, typer.Option(help="Folder with your own task YAML")] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task")] = None,
-    context: Context = 512,
-    batch_size: Batch = 8,
-    seed: Seed = 0,
-    dtype: Dtype = "auto",
-    overwrite: Overwrite = False,
-) -> None:
-    """Measures held-out loss and lm-eval tasks.
-
-    Example: moecollab evaluate run/pruned --corpus held_out.jsonl --tasks arc_easy --limit 200
-    --out run/evaluations/pruned.json
-
-    Without a model of your own: moecollab demo, then moecollab evaluate embedded
-    --corpus demo-run/held_out.jsonl --out run/embedded.json
-    """
-    with progress.show():
-        found = mc.evaluate(
-            model,
-            corpus=corpus,
-            tasks=tuple(tasks or ()),
-            task_folder=task_folder,
-            limit=limit,
-            context=context,
-            batch_size=batch_size,
-            seed=seed,
-            dtype=dtype,
-            out=out,
-            overwrite=overwrite,
-        )
     _say(f"{out}: {found!r}")
 
 

@@ -18,37 +18,53 @@ POWER = 2.0
 
 
 def coverage(evidence: Evidence, /) -> NDArray[np.float64]:
-    """Harm that each expert does to tokens when it goes, the least harmful first.
+    """Harm to a layer's tokens when an expert goes, the least harmful first.
 
-    Formula: a token t that draws v_t(s) = g(t, s) ‖f(t, s)‖₂ from site s = (l, e) has the mass m_t
-        = Σ_s v_t(s) over all layers, and is harmed by m_t x_t^p, x_t the share of m_t that is gone
-        and p = 2; s goes whose going adds least, and s = what it adds then
-    Needs: output norms, tokens
+    Formula: in every layer, a token t that draws v_t(s) = g(t, s) ‖f(t, s)‖₂ √(Z(s) / O(s)) from
+        expert s has the mass m_t = Σ_s v_t(s), and is harmed by m_t x_t^p, x_t the share of m_t
+        that is gone and p = 2; s goes whose going adds least, and s = what it adds then. Z is the
+        score ``easy_ep`` and O that of ``reap_sum``: Z / O is 1 - cos of the angle by which the
+        layer's experts turn the stream, so its root is nearly that angle
+    Needs: output norms, shift, tokens
     Direction: higher is kept
     Cost: O(n_layers n_tokens top_k) numbers in memory, and as many operations for each time that
         all sites are looked at again, lazily; 0.4 s for 8,192 tokens of 58 layers × 256 experts
     Source: ours, near the maximisation of submodular coverage by greedy removal, evaluated lazily
-        as by Minoux 1978; with p = 1 it is ``reap_sum``
+        as by Minoux 1978. With p = 1 it is √(Z O)
     Not defined when: never; an expert without tokens scores 0
     """
-    return harm(token_rows(evidence)).reshape(evidence.shape)
+    rows = by_layer(turned(token_rows(evidence), evidence), evidence)
+    return harm(rows).reshape(evidence.shape)
+
+
+def output_coverage(evidence: Evidence, /) -> NDArray[np.float64]:
+    """As ``coverage`` where it is not known how far experts turn the stream.
+
+    Formula: as ``coverage`` with v_t(s) = g(t, s) ‖f(t, s)‖₂
+    Needs: output norms, tokens
+    Direction: higher is kept
+    Cost: as ``coverage``
+    Source: ours, as ``coverage``. With p = 1 it is ``reap_sum``
+    Not defined when: never; an expert without tokens scores 0
+    """
+    return harm(by_layer(token_rows(evidence), evidence)).reshape(evidence.shape)
 
 
 def pattern_coverage(evidence: Evidence, /) -> NDArray[np.float64]:
-    """Harm that each expert does to patterns when it goes, the least harmful first.
+    """Harm to a layer's part in patterns when an expert goes, the least first.
 
     Formula: as ``coverage`` with an atom a of level 1 in place of a token, v_a(s) = D(a, s) usage_a
-        O(s) / max(X(s), Σ_a D(a, s) usage_a), X(s) the sum of the fitted rows and O(s) =
-        Σ_t g(t, s) ‖f(t, s)‖₂; what atoms leave of O(s) is a row of its own
-    Needs: output norms, tokens, collaboration
+        √(Z(s) O(s)) / max(X(s), Σ_a D(a, s) usage_a), X(s) the sum of the fitted rows; what atoms
+        leave of √(Z(s) O(s)) is a row of its own
+    Needs: output norms, shift, tokens, collaboration
     Direction: higher is kept
     Cost: reads the recording to add up X, then O(n_atoms n_sites) for each time that all sites are
         looked at again, lazily
-    Source: ours, near the maximisation of submodular coverage by greedy removal, evaluated lazily
-        as by Minoux 1978; with p = 1 it is ``reap_sum``
-    Not defined when: never; an expert without tokens scores 0, one in no pattern its O(s)
+    Source: ours, as ``coverage``. With p = 1 it is √(Z O)
+    Not defined when: never; an expert without tokens scores 0, one in no pattern its √(Z O)
     """
-    return harm(pattern_rows(evidence)).reshape(evidence.shape)
+    rows = by_layer(turned(pattern_rows(evidence), evidence), evidence)
+    return harm(rows).reshape(evidence.shape)
 
 
 def harm(
@@ -87,6 +103,23 @@ def harm(
 def token_rows(evidence: Evidence) -> Rows:
     """A row for each token: g ‖f‖ of every site that it was routed to."""
     return _activations(evidence).rows("token", "output")
+
+
+def by_layer(rows: Rows, evidence: Evidence) -> Rows:
+    """Each row cut into one for every layer that it has entries in."""
+    row = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
+    part = row * evidence.shape[0] + rows.sites // evidence.shape[1]
+    start = np.flatnonzero(np.diff(part, prepend=-1))
+    indptr = np.append(start, rows.nnz)
+    return Rows(indptr, rows.sites, rows.values, rows.sample[row[start]], rows.n_sites)
+
+
+def turned(rows: Rows, evidence: Evidence) -> Rows:
+    """Rows with values times about the angle by which each site's layer turns the stream."""
+    shift, output = (evidence.tallies[name].ravel() for name in ("sum_shift", "sum_weighted_norm"))
+    factor = np.divide(shift, output, out=np.zeros(len(output)), where=output > 0)
+    values = rows.values * np.sqrt(factor).astype(np.float32)[rows.sites]
+    return Rows(rows.indptr, rows.sites, values, rows.sample, rows.n_sites)
 
 
 def pattern_rows(evidence: Evidence, number: int = 0) -> Rows:
@@ -178,6 +211,7 @@ def _collaboration(evidence: Evidence) -> Collaboration:
 
 _TOKENS = Needs.OUTPUT_NORMS | Needs.TOKENS
 CRITERIA = (
-    Criterion("coverage", _TOKENS, coverage),
-    Criterion("pattern_coverage", _TOKENS | Needs.COLLABORATION, pattern_coverage),
+    Criterion("coverage", _TOKENS | Needs.SHIFT, coverage),
+    Criterion("output_coverage", _TOKENS, output_coverage),
+    Criterion("pattern_coverage", _TOKENS | Needs.SHIFT | Needs.COLLABORATION, pattern_coverage),
 )

@@ -19,10 +19,10 @@ READS = {
 
 ADVICE = (
     "For general use coverage, with a budget over the whole model if what loads the checkpoint "
-    "takes other counts per layer; where single tokens are not there, reap_sum over the whole "
-    "model and easy_ep in each layer. For one domain the same on text of that domain. Without text "
-    "aimer, which we have not judged. random tells whether any of them is worth its trouble: "
-    "moecollab compare measures it on your model."
+    "takes other counts per layer; output_coverage where the shift cannot be recorded; where "
+    "single tokens are not there, easy_ep. For one domain the same on text of that domain. Without "
+    "text aimer, and the same share of each layer. random tells whether any of them is worth its "
+    "trouble: moecollab compare measures it on your model."
 )
 """Which criterion to use."""
 

@@ -78,7 +78,13 @@ def _steps(out: Path, seed: int, threads: int | None) -> Iterator[str]:
         for name, documents in zip(("calibration", "held_out"), read_questions(), strict=True)
     )
     acts = mc.extract(
-        MODEL, calibration, out=out / "activations", seed=seed, dtype=DTYPE, overwrite=True
+        MODEL,
+        calibration,
+        out=out / "activations",
+        collect="shift",
+        seed=seed,
+        dtype=DTYPE,
+        overwrite=True,
     )
     yield "extracted"
     collab = mc.HSDL(atoms=ATOMS, rows="sample", seed=seed, threads=threads).fit(acts)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from tqdm.std import tqdm
 
+from moecollab.evaluation.generation import check_tokens, greedy_settings
 from moecollab.progress import track
 
 TOKENS_PER_ROW = 256
@@ -19,6 +20,10 @@ TOKENS_PER_ROW = 256
 REMEMBERED = 16_384
 """Texts whose tokens are remembered from one cut of the model to the next."""
 
+Answer = Callable[[list[Any], bool], list[Any]]
+"""What answers requests, with or without a bar."""
+Keep = Callable[[str, Callable[[], Any]], Any]
+"""What gives the answers of that name as they were kept, or else has them made."""
 Request = tuple[tuple[str, str], list[int], list[int]]
 """Context and continuation as lm-eval has them, and the tokens of each."""
 
@@ -30,13 +35,54 @@ class Respondent(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     the left if there are too many, and the same sums of log-probabilities.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401 (any causal language model)
+        tokenizer: Any,  # noqa: ANN401 (any tokenizer)
+        batch_size: int,
+        keep: Keep | None = None,
+    ) -> None:
         with hushed():
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._remembered = lru_cache(REMEMBERED)(self._encode)
+        self._keep = keep
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is what the model would say."""
+        found = self._by_task("loglikelihood", super().loglikelihood, requests, disable_tqdm)
+        return [(total, right) for total, right in found]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each text."""
+        return self._by_task("rolling", super().loglikelihood_rolling, requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each text."""
+        return self._by_task("generate", super().generate_until, requests, disable_tqdm)
+
+    def _by_task(
+        self, kind: str, answer: Answer, requests: list[Any], disable_tqdm: bool
+    ) -> list[Any]:
+        """Answers to all requests, task by task where they are kept for a run that is stopped."""
+        if self._keep is None:
+            return answer(requests, disable_tqdm)
+        found: list[Any] = [None] * len(requests)
+        tasks: dict[str, list[int]] = {}
+        for at, request in enumerate(requests):
+            tasks.setdefault(str(request.task_name), []).append(at)
+        for name, places in tasks.items():
+            own = [requests[at] for at in places]
+            kept = self._keep(f"{kind} {name}", partial(answer, own, disable_tqdm))
+            for at, one in zip(places, kept, strict=True):
+                found[at] = one
+        return found
 
     def _encode(self, string: str, special: bool | None) -> tuple[int, ...]:
-        return tuple(super().tok_encode(string, add_special_tokens=special))
+        found = tuple(super().tok_encode(string, add_special_tokens=special))
+        check_tokens(found, self.model)
+        return found
 
     def tok_encode(
         self,
@@ -89,6 +135,21 @@ class Respondent(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         chosen = torch.tensor(continuation, device=own.device)
         total = own.gather(1, chosen[:, None]).sum()
         return float(total), bool((own.argmax(-1) == chosen).all())
+
+
+def fitted(tokenizer: Any, model: Any) -> Any:  # noqa: ANN401 (any tokenizer and model)
+    """The tokenizer with what lm-eval needs of it: an end of text, and a token to pad with.
+
+    What is missing is taken from the model's settings, and is else the first token, so that no
+    token is added which the model has no embedding of.
+    """
+    settings = greedy_settings(model, 1)
+    if tokenizer.eos_token_id is None:
+        end = settings.pad_token_id if settings.eos_token_id is not None else 0
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _longest_first(ids: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -11,10 +11,21 @@ from numpy.typing import NDArray
 
 from moecollab.errors import DataError, MissingInputError, unknown_name
 from moecollab.evaluation.evaluation import Evaluation
-from moecollab.evaluation.intervals import Interval, paired_interval, ratio_interval
+from moecollab.evaluation.intervals import (
+    RESAMPLES,
+    Interval,
+    paired_interval,
+    percentiles,
+    ratio_interval,
+)
+from moecollab.evaluation.repetition import distinct
 from moecollab.evaluation.tasks import TaskResult
 
+if TYPE_CHECKING:
+    from moecollab.evaluation.usage import Usage
+
 LOSS, UNIT, EVERYWHERE = "loss", "nats per token", "all"
+WRITTEN, SPEED, SIZE = "written text", "speed", "size"
 SCHEMA = {
     "model": pl.String,
     "measure": pl.String,
@@ -35,10 +46,12 @@ SCHEMA = {
 def differences(evaluations: Mapping[str, Evaluation], *, baseline: str = "full") -> pl.DataFrame:
     """What each model scored, and how far it is from the baseline on the same material.
 
-    Differences are paired: document by document for the loss, question by question for tasks. Their
-    intervals are 95 % percentile bootstrap over documents or questions, the same draws for every
-    model. An interval over a single document is null, and so is a difference between tasks of which
-    other questions were asked.
+    Differences are paired: document by document for the loss, question by question for tasks,
+    prompt by prompt for what was written. Their intervals are 95 % percentile bootstrap over
+    documents, questions or prompts, the same draws for every model. An interval over a single
+    document is null, and so are a difference between other questions or prompts, the interval of a
+    size, that of distinct-2, which resampling makes smaller, and that of a difference of speeds:
+    rounds share the load of their machine, so they do not tell how far it moves from run to run.
 
     Parameters
     ----------
@@ -50,9 +63,10 @@ def differences(evaluations: Mapping[str, Evaluation], *, baseline: str = "full"
     Returns
     -------
     DataFrame
-        One row per model and measure: model, measure ("loss" or the task), metric, domain (or
-        "all"), n (documents or questions), value, low, high, difference (value - baseline), its
-        interval, relative (difference / baseline), higher_is_better. The baseline comes first.
+        One row per model and measure: model, measure ("loss", the task, "written text", "speed" or
+        "size"), metric, domain (or "all"), n (documents, questions, prompts or rounds), value,
+        low, high, difference (value - baseline), its interval, relative (difference /
+        baseline), higher_is_better. The baseline comes first.
 
     Raises
     ------
@@ -70,9 +84,12 @@ def differences(evaluations: Mapping[str, Evaluation], *, baseline: str = "full"
         found = evaluations[name]
         rows += _loss_rows(name, found, base)
         rows += _task_rows(name, found, base)
+        rows += _written_rows(name, found, base)
+        rows += _usage_rows(name, found, base)
     if not rows:
         raise MissingInputError("the evaluations measured nothing; evaluate with a corpus or tasks")
-    return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    whole = [dict.fromkeys(SCHEMA) | row for row in rows]
+    return pl.DataFrame(whole, schema=SCHEMA, orient="row")
 
 
 def _loss_rows(name: str, found: Evaluation, base: Evaluation) -> Iterator[dict[str, Any]]:
@@ -142,6 +159,79 @@ def _task_numbers(result: TaskResult, other: TaskResult | None, seed: int) -> di
     same = other is not None and other.values and result.asked_as(other)
     reference = np.asarray(other.values, dtype=np.float64) if other is not None and same else None
     return _numbers(values, np.ones_like(values), reference, seed)
+
+
+def _written_rows(name: str, found: Evaluation, base: Evaluation) -> Iterator[dict[str, Any]]:
+    """Repetition in what was written, paired where both went on with the same prompts."""
+    mine, theirs = found.repetition, base.repetition
+    if mine is None or found.generations is None:
+        return
+    same = base.generations is not None and found.generations.select("prompt", "text").equals(
+        base.generations.select("prompt", "text")
+    )
+    same = same and _asked_to_write(found) == _asked_to_write(base)
+    ones = np.ones(mine.height)
+    head = {"model": name, "measure": WRITTEN, "domain": EVERYWHERE, "n": mine.height}
+    for metric in ("rep_2", "rep_4", "loop", "stuck"):
+        reference = _column(theirs, metric) if same and theirs is not None else None
+        numbers = _numbers(_column(mine, metric), ones, reference, base.seed)
+        yield head | {"metric": metric, "higher_is_better": False} | numbers
+    before = _distinct(base.generations) if same else None
+    numbers = _exact(_distinct(found.generations), before)
+    yield head | {"metric": "distinct_2", "higher_is_better": True} | numbers
+
+
+def _asked_to_write(found: Evaluation) -> object:
+    return found.about.get("settings", {}).get("generate")
+
+
+def _distinct(generations: pl.DataFrame | None) -> float:
+    return 0.0 if generations is None else distinct(generations["ids"].to_list(), 2)
+
+
+def _usage_rows(name: str, found: Evaluation, base: Evaluation) -> Iterator[dict[str, Any]]:
+    """Tokens per second, compared where both were measured alike, and sizes."""
+    mine, theirs = found.usage, base.usage
+    if mine is None:
+        return
+    head = {"model": name, "domain": EVERYWHERE}
+    alike = theirs is not None and _conditions(mine) == _conditions(theirs)
+    for metric in ("prefill", "decode"):
+        rounds = np.asarray(getattr(mine, metric))
+        before = np.asarray(getattr(theirs, metric)) if alike else None
+        row = {"measure": SPEED, "metric": f"{metric}, tokens/s", "n": len(rounds)}
+        yield head | row | {"higher_is_better": True} | _medians(rounds, before, base.seed)
+    for metric in ("parameters", "weight_bytes", "resident_bytes", "disk_bytes"):
+        value, reference = getattr(mine, metric), getattr(theirs, metric, None)
+        row = {"measure": SIZE, "metric": metric, "n": 1, "higher_is_better": False}
+        if value is not None:
+            yield head | row | _exact(value, reference)
+
+
+def _conditions(usage: Usage) -> tuple[object, ...]:
+    """What must be alike for speeds to be compared."""
+    return usage.batch, usage.prompt_tokens, usage.new_tokens, usage.threads, usage.device
+
+
+def _exact(value: float, before: float | None) -> dict[str, float | None]:
+    """A number without an interval, and how far it is from another."""
+    row: dict[str, float | None] = {"value": float(value)}
+    if before is None:
+        return row
+    return row | {
+        "difference": float(value - before),
+        "relative": (value - before) / before if before else None,
+    }
+
+
+def _medians(
+    rounds: NDArray[np.float64], before: NDArray[np.float64] | None, seed: int
+) -> dict[str, float | None]:
+    """The median of some rounds with its interval, and its difference from that of others."""
+    rng = np.random.default_rng(seed)
+    low, high = percentiles(np.median(rng.choice(rounds, (RESAMPLES, len(rounds))), axis=1))
+    middle = None if before is None else float(np.median(before))
+    return _exact(float(np.median(rounds)), middle) | {"low": low, "high": high}
 
 
 def _numbers(

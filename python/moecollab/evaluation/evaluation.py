@@ -1,4 +1,4 @@
-"""Evaluations: held-out loss by document and lm-eval tasks of one model, and their file."""
+"""Evaluations: what one model scored, wrote and took, and their file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from moecollab.errors import DataError, MissingInputError, SettingsError
+from moecollab.errors import DataError, MissingInputError
 from moecollab.evaluation.intervals import Interval, ratio_interval
-from moecollab.evaluation.tasks import Exam, TaskResult, load_tasks
+from moecollab.evaluation.tasks import TaskResult
 from moecollab.manifest import check_manifest, manifest, read_json, refuse_existing, write_json
 
 if TYPE_CHECKING:
+    from moecollab.evaluation.batching import BatchSize
+    from moecollab.evaluation.usage import Usage
     from moecollab.record.corpus import Source
 
 KIND, FORMAT = "evaluation", 1
@@ -39,6 +41,11 @@ class Evaluation:
         Documents of fewer than two tokens, which have no row.
     tasks : tuple of TaskResult
         One per task, metric and filter.
+    generations : DataFrame, optional
+        What the model wrote, always the likeliest token: columns prompt (its document), domain,
+        text (of the prompt), written (text) and ids (tokens written).
+    usage : Usage, optional
+        Speed and size.
     plan : mapping, optional
         The plan that masks the model, if it is masked.
     about : mapping
@@ -50,6 +57,8 @@ class Evaluation:
     documents: pl.DataFrame | None = None
     skipped: int = 0
     tasks: tuple[TaskResult, ...] = ()
+    generations: pl.DataFrame | None = None
+    usage: Usage | None = None
     plan: Mapping[str, Any] | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
 
@@ -96,6 +105,13 @@ class Evaluation:
         return pl.DataFrame(rows, schema=dict(zip(names, kinds, strict=True)), orient="row")
 
     @property
+    def repetition(self) -> pl.DataFrame | None:
+        """Repeated n-grams and loops of each continuation, as :func:`repetition` finds them."""
+        from moecollab.evaluation.generation import repetition
+
+        return None if self.generations is None else repetition(self.generations)
+
+    @property
     def seed(self) -> int:
         """Seed of the evaluation, which its intervals use too."""
         return int(self.about.get("seed") or 0)
@@ -117,15 +133,16 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """The evaluation as plain data, as it stands in its file."""
-        table = None if self.documents is None else self.documents.to_dict(as_series=False)
         return dict(self.about) | {
             "kind": KIND,
             "format": FORMAT,
             "name": self.name,
             "model": self.model,
-            "documents": table,
+            "documents": _columns(self.documents),
             "skipped": self.skipped,
             "tasks": [result.as_json() for result in self.tasks],
+            "generations": _columns(self.generations),
+            "usage": None if self.usage is None else self.usage.as_json(),
             "plan": None if self.plan is None else dict(self.plan),
         }
 
@@ -146,6 +163,12 @@ class Evaluation:
             for result in self.tasks[:4]
             if result.value is not None
         ]
+        written = self.repetition
+        if written is not None:
+            share = float(written["rep_4"].to_numpy().mean())
+            parts.append(f"rep-4 {share:.3f} in {written.height} continuations")
+        if self.usage is not None:
+            parts.append(f"{self.usage.decode_speed:.1f} tokens/s")
         return f"Evaluation({self.name}: {'; '.join(parts) or 'nothing measured'})"
 
 
@@ -157,7 +180,11 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     tasks: Sequence[str] = (),
     task_folder: str | PathLike[str] | None = None,
     limit: int | None = None,
-    batch_size: int = 8,
+    samples: str | PathLike[str] | None = None,
+    generate: int = 0,
+    prompts: Source | None = None,
+    speed: bool = False,
+    batch_size: BatchSize = 8,
     context: int = 512,
     seed: int = 0,
     dtype: str = "auto",
@@ -165,7 +192,9 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     overwrite: bool = False,
     name: str | None = None,
 ) -> Evaluation:
-    """Loss of a model on held-out text and its results on lm-eval tasks.
+    """What a model scores on text and tasks, what it writes, and what running it takes.
+
+    A run with `out` that was stopped goes on where it was, by task, when started again alike.
 
     Parameters
     ----------
@@ -180,9 +209,18 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     task_folder : path, optional
         Folder of YAML tasks of your own, in lm-eval's format.
     limit : int, optional
-        Questions of each task, at least 1; all if not given. The corpus is always read whole.
-    batch_size : int
-        Sequences per forward pass, at least 1.
+        Questions of each task, at least 1, all if not given; and prompts, 32 if not given. The
+        corpus is always read whole.
+    samples : path, optional
+        JSON lines (.jsonl) or Parquet file for every question and answer of the tasks.
+    generate : int
+        Tokens to go on with after each prompt, always the likeliest; 0 for none.
+    prompts : path or documents, optional
+        Text to go on with; if not given, the first 32 tokens of documents of the corpus.
+    speed : bool
+        Whether to measure tokens per second and bytes, see :class:`Usage`.
+    batch_size : int or "auto"
+        Sequences per forward pass, at least 1; "auto" for what memory holds.
     context : int
         Tokens read at a time from a document, at least 2; or what the model takes if that is less.
     seed : int
@@ -192,53 +230,65 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     out : path, optional
         JSON file to write.
     overwrite : bool
-        Whether `out` may be replaced.
+        Whether `out` and `samples` may be replaced.
     name : str, optional
         What to call the model in tables; the last part of its path if not given.
 
     Raises
     ------
     MissingInputError
-        When neither corpus nor tasks are given, or the data of a task cannot be had.
+        When there is nothing to measure, or the data of a task cannot be had.
     DataError
-        When a loss is not finite, or lm-eval fails.
+        When a loss is not finite, a token is not the model's, or lm-eval fails.
     """
-    _check_settings(limit=limit, batch_size=batch_size, context=context, seed=seed)
-    if corpus is None and not tasks:
-        raise MissingInputError("there is nothing to measure; give a corpus, tasks or both")
-    if out is not None:
-        refuse_existing(Path(out), overwrite=overwrite)
-    from moecollab.evaluation.perplexity import HeldOut, document_losses, window_of
+    from moecollab.evaluation.parts import Material, Work, check_asked, check_settings
+    from moecollab.evaluation.perplexity import window_of
+    from moecollab.evaluation.stages import Stages
     from moecollab.evaluation.subject import open_subject
-    from moecollab.record.corpus import read_corpus
 
-    text = None if corpus is None else read_corpus(corpus)
-    chosen = load_tasks(tasks, task_folder, limit=limit, seed=seed) if tasks else None
+    check_settings(
+        limit=limit, batch_size=batch_size, context=context, seed=seed, generate=generate
+    )
+    log = check_asked(
+        corpus=corpus,
+        tasks=tasks,
+        prompts=prompts,
+        generate=generate,
+        speed=speed,
+        samples=samples,
+        overwrite=overwrite,
+    )
+    file = None if out is None else Path(out)
+    if file is not None:
+        refuse_existing(file, overwrite=overwrite)
+    material = Material.read(corpus, prompts, tasks, task_folder, limit=limit, seed=seed)
     subject = open_subject(model, tokenizer, dtype)
     window = window_of(subject.model.config, context)
-    documents, skipped = None, 0
-    if text is not None:
-        held_out = HeldOut.read(subject.tokenizer, text, window)
-        documents = document_losses(subject.model, held_out, batch_size=batch_size)
-        skipped = held_out.skipped
-    results: tuple[TaskResult, ...] = ()
-    if chosen is not None:
-        exam = Exam(subject.model, subject.tokenizer, chosen, batch_size=batch_size, seed=seed)
-        results = exam.results()
-    settings = {"tasks": list(tasks), "limit": limit, "batch_size": batch_size, "context": window}
-    inputs = {"model": subject.digest} | ({} if text is None else {"corpus": text.digest})
-    inputs |= {} if chosen is None else {"tasks": chosen.digest}
-    found = Evaluation(
-        name=name or subject.name,
-        model=subject.path,
-        documents=documents,
-        skipped=skipped,
-        tasks=results,
-        plan=subject.plan,
-        about=manifest(KIND, FORMAT, settings=settings, inputs=inputs, seed=seed),
+    settings: dict[str, object] = {
+        "tasks": list(tasks),
+        "limit": limit,
+        "batch_size": batch_size,
+        "context": window,
+    }
+    settings |= {"generate": generate} if generate else {}
+    inputs = {"model": subject.digest} | material.digests
+    about = manifest(KIND, FORMAT, settings=settings, inputs=inputs, seed=seed)
+    work = Work(
+        subject=subject,
+        material=material,
+        stages=Stages(file, about),
+        window=window,
+        batch_size=batch_size,
+        limit=limit,
+        seed=seed,
     )
-    if out is not None:
-        found.save(out, overwrite=overwrite)
+    parts = work.losses() | work.generations(generate) | work.answers(log)
+    parts |= work.usage() if speed else {}
+    called = name or subject.name
+    found = Evaluation(name=called, model=subject.path, plan=subject.plan, about=about, **parts)
+    if file is not None:
+        found.save(file, overwrite=overwrite)
+        work.stages.clear()
     return found
 
 
@@ -254,6 +304,8 @@ def load_evaluation(path: str | PathLike[str]) -> Evaluation:
             documents=_documents(found.pop("documents"), file),
             skipped=int(found.pop("skipped")),
             tasks=tuple(_task(result) for result in found.pop("tasks")),
+            generations=_generations(found.pop("generations", None), file),
+            usage=_usage(found.pop("usage", None)),
             plan=found.pop("plan"),
             about=found,
         )
@@ -274,6 +326,35 @@ def _documents(columns: Mapping[str, Any] | None, file: Path) -> pl.DataFrame | 
     return table
 
 
+def _columns(table: pl.DataFrame | None) -> dict[str, list[Any]] | None:
+    return None if table is None else table.to_dict(as_series=False)
+
+
+def _generations(columns: Mapping[str, Any] | None, file: Path) -> pl.DataFrame | None:
+    """The continuations in a file; files of before there were any have none."""
+    if columns is None:
+        return None
+    from moecollab.evaluation.generation import SCHEMA
+
+    table = pl.DataFrame(dict(columns), schema=SCHEMA)
+    if table.height == 0 or sum(table.null_count().row(0)) or _holed(table["ids"]):
+        raise DataError(f"{file} holds prompts that nothing was written to; evaluate again")
+    return table
+
+
+def _holed(lists: pl.Series) -> bool:
+    """Whether a list has a null in it."""
+    return lists.explode(empty_as_null=False).null_count() > 0
+
+
+def _usage(found: Mapping[str, Any] | None) -> Usage | None:
+    if found is None:
+        return None
+    from moecollab.evaluation.usage import Usage
+
+    return Usage.from_json(found)
+
+
 def _loss(documents: pl.DataFrame) -> float:
     """Loss in nats per predicted token."""
     total, size = documents["nll"].to_numpy().sum(), documents["tokens"].to_numpy().sum()
@@ -282,14 +363,3 @@ def _loss(documents: pl.DataFrame) -> float:
 
 def _task(found: Mapping[str, Any]) -> TaskResult:
     return TaskResult(**(dict(found) | {"values": tuple(found["values"])}))
-
-
-def _check_settings(*, limit: int | None, batch_size: int, context: int, seed: int) -> None:
-    if limit is not None and limit < 1:
-        raise SettingsError("limit", limit, "at least 1, or None for all questions")
-    if batch_size < 1:
-        raise SettingsError("batch_size", batch_size, "at least 1")
-    if context < 2:
-        raise SettingsError("context", context, "at least 2")
-    if seed < 0:
-        raise SettingsError("seed", seed, "at least 0")

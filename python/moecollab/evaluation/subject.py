@@ -40,6 +40,12 @@ class Subject:
     plan: Mapping[str, Any] | None
 
     @property
+    def folder(self) -> Path | None:
+        """Folder that the weights come from, of a masked model those of the full one."""
+        folder = Path(_origin(self.model) or self.path)
+        return folder if folder.is_dir() else None
+
+    @property
     def name(self) -> str:
         """Last part of the path."""
         return Path(self.path).name or self.path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -192,6 +192,8 @@ class Exam:
         Rows per forward pass, at least 1; more if they are short.
     seed : int
         Seed of what the model draws, where a task lets it.
+    keep : callable, optional
+        Takes the name of a task and what makes its answers, and gives them as they were kept.
     """
 
     def __init__(
@@ -202,12 +204,14 @@ class Exam:
         *,
         batch_size: int,
         seed: int = 0,
+        keep: Callable[[str, Callable[[], Any]], Any] | None = None,
     ) -> None:
-        from moecollab.evaluation.answering import Respondent
+        from moecollab.evaluation.answering import Respondent, fitted
 
         self.model, self.questions, self.seed = model, questions, seed
         with _as_it_was(model):
-            self._respondent = Respondent(model, copy.deepcopy(tokenizer), batch_size)
+            own = fitted(copy.deepcopy(tokenizer), model)
+            self._respondent = Respondent(model, own, batch_size, keep)
 
     def results(self) -> tuple[TaskResult, ...]:
         """Every metric of the tasks as the model stands, sorted by task, metric and filter.
@@ -217,8 +221,13 @@ class Exam:
         DataError
             When lm-eval fails.
         """
-        found = tuple(_results(self._run()))
-        return tuple(sorted(found, key=lambda row: (row.task, row.metric, row.filter)))
+        return self.logged()[0]
+
+    def logged(self) -> tuple[tuple[TaskResult, ...], Mapping[str, Any]]:
+        """The results, and what was asked and answered, by task, as lm-eval logs it."""
+        found = self._run()
+        results = sorted(_results(found), key=lambda row: (row.task, row.metric, row.filter))
+        return tuple(results), found.get("samples", {})
 
     def _run(self) -> Mapping[str, Any]:
         """lm-eval's results."""

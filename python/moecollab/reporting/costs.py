@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moecollab.errors import DataError
-from moecollab.evaluation.differences import LOSS, differences
+from moecollab.evaluation.differences import LOSS, SIZE, SPEED, WRITTEN, differences
 from moecollab.evaluation.evaluation import Evaluation
 from moecollab.reporting.numbers import percent, signed
 
@@ -169,7 +169,11 @@ def costs_of(evaluations: Mapping[str, Evaluation]) -> Costs | None:
         full_loss=full["value"],
         documents=documents.height,
         tokens=int(documents["tokens"].sum()),
-        tasks=tuple(_task(row) for row in table.iter_rows(named=True) if row["measure"] != LOSS),
+        tasks=tuple(
+            _task(row)
+            for row in table.iter_rows(named=True)
+            if row["measure"] not in (LOSS, WRITTEN, SPEED, SIZE)
+        ),
     )
 
 

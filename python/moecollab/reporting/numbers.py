@@ -72,6 +72,10 @@ class Ledger:
         """A difference in nats with its sign: +0.123."""
         return self._enter(key, float(value), signed)
 
+    def points(self, key: str, value: float) -> Number:
+        """A difference in percentage points with its sign: +1.2."""
+        return self._enter(key, float(value), tenths)
+
     def times(self, key: str, value: float) -> Number:
         """A ratio: 2.4×."""
         return self._enter(key, float(value), ratio)
@@ -103,6 +107,12 @@ def nats(value: float) -> str:
 def signed(value: float) -> str:
     """+0.123, −0.123 or 0.000."""
     text = f"{value:+.3f}"
+    return text[1:] if float(text) == 0 else text.replace("-", MINUS)
+
+
+def tenths(value: float) -> str:
+    """+1.2, −1.2 or 0.0."""
+    text = f"{value:+.1f}"
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 

@@ -36,6 +36,7 @@ from moecollab.reporting.numbers import Ledger
 from moecollab.reporting.pattern_cards import membership
 from moecollab.reporting.sureness import Agreement, Sureness, agreement_of, sureness_of
 from moecollab.reporting.templating import script_json, template
+from moecollab.reporting.trials import Trials, trials_of
 
 MOST_DOMAINS = 24
 """Domains that maps show; more cannot be told apart."""
@@ -53,6 +54,7 @@ class View:
     levels: tuple[LevelView, ...]
     drops: Drops | None
     costs: Costs | None
+    trials: Trials | None
     token_shares: dict[str, float]
     sureness: tuple[Sureness, ...] = ()
     agreement: Agreement | None = None
@@ -147,6 +149,7 @@ def _view(material: Material, title: str | None, ledger: Ledger) -> View:
         levels=levels,
         drops=None if plan is None else drops_of(plan, material.scores, use, member),
         costs=costs_of(material.evaluations),
+        trials=trials_of(material.evaluations),
         token_shares=shares,
         sureness=sureness_of(material.scores, plan),
         agreement=agreement_of(material.scores, plan),
