@@ -12,6 +12,7 @@ import zoo
 from expert_twin import one_expert
 from moecollab import evaluate
 from moecollab.errors import PlanError, SettingsError, ShapeError, UnsupportedModelError
+from moecollab.evaluation.subject import open_subject
 from moecollab.models.gains import Blocked, Gains
 from moecollab.models.keep import Keep
 from moecollab.models.masked import Mask
@@ -200,6 +201,37 @@ def test_evaluation_of_a_blocked_model_is_not_that_of_the_model(texts, tokenizer
     assert found.as_json()["inputs"] != full.as_json()["inputs"]
     again = evaluate(model, corpus=texts, tokenizer=tokenizer)
     assert (again.loss, again.as_json()["inputs"]) == (full.loss, full.as_json()["inputs"])
+
+
+def test_all_that_is_on_a_model_is_in_its_digest(tokenizer):
+    """However it is handed over, and gone from it with what was on."""
+
+    def digest(given):
+        return open_subject(given, tokenizer).digest
+
+    model = models.build("qwen2_moe")
+    keep = keeping(find_moe_layers(model))
+    bare = digest(model)
+    with amplify(model, {(0, 0): 5.0}) as outer:
+        assert digest(model) == digest(outer) == digest(copy.deepcopy(model)) != bare
+        more = amplify(model, {(0, 1): 5.0})
+        both = digest(model)
+        more.remove()
+        more.remove()
+        assert both != digest(model) == digest(outer)
+    with mask(model, keep) as held:
+        masked = digest(held)
+        with amplify(model, {(0, 0): 5.0}):
+            nested = digest(held)
+    blocked = []
+    for mode in ("zero", "renormalise"):
+        with mask(model, keep, mode=mode):
+            blocked.append(digest(model))
+    assert len({bare, both, masked, nested, *blocked}) == 6
+    assert digest(model) == bare
+    with pytest.raises(PlanError):
+        amplify(model, {(9, 0): 5.0})
+    assert digest(model) == bare
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,58 @@ def test_penalties_of_the_model_do_not_hide_repetition(tiny, tokenizer):
     assert model.training
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"suppress_tokens": "first"},
+        {"begin_suppress_tokens": "first"},
+        {"bad_words_ids": "nested"},
+        {"sequence_bias": "biased"},
+        {"encoder_repetition_penalty": 50.0},
+        {"exponential_decay_length_penalty": (1, 50.0)},
+        {"guidance_scale": 3.0},
+        {"forced_eos_token_id": 5},
+        {"max_time": 1e-9},
+        {"stop_strings": ["e", " "]},
+        {"min_length": 60, "eos_token_id": "fourth"},
+        {"min_new_tokens": 12, "eos_token_id": "fourth"},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_nothing_that_the_model_asks_for_is_added(tiny, tokenizer, asked):
+    """All that generate would fill in; only the end of the text is the model's own."""
+    prompts = Prompts.read(tokenizer, read_corpus(TEXTS[:1]))
+    plain = slow_greedy(tiny, prompts.ids[0], 12, 2)
+    meant = {
+        "first": plain[:1],
+        "nested": [plain[:1]],
+        "biased": [[plain[:1], -50.0]],
+        "fourth": plain[3],
+    }
+    model = copy.deepcopy(tiny)
+    for name, value in asked.items():
+        setattr(model.generation_config, name, meant.get(str(value), value))
+    own, before = model.generation_config, model.generation_config.to_dict()
+    end = own.eos_token_id if "eos_token_id" in asked else 2
+    found = continuations(model, tokenizer, prompts, tokens=12, batch_size=1)["ids"][0]
+    assert found.to_list() == (plain[: plain.index(end)] if end in plain else plain)
+    assert model.generation_config is own
+    assert own.to_dict() == before
+
+
+def test_a_model_that_ends_at_once_is_seen_to_write_nothing(tiny, tokenizer):
+    """Whose text repeats nothing, and looks perfect by that alone."""
+    asked = {"tokenizer": tokenizer, "prompts": TEXTS[:1], "generate": 8}
+    full = evaluate(tiny, **asked)
+    silent = copy.deepcopy(tiny)
+    silent.generation_config.eos_token_id = full.generations["ids"][0][0]
+    table = differences({"full": full, "cut": evaluate(silent, **asked)})
+    table = table.filter(measure=WRITTEN, metric="tokens")
+    assert table["value"].to_list() == [full.generations["ids"].list.len()[0], 0]
+    assert table["difference"].to_list() == [0, -table["value"][0]]
+    assert table["higher_is_better"].null_count() == 2
+
+
 def test_the_end_of_the_text_is_left_out(tiny, tokenizer):
     prompts = Prompts.read(tokenizer, read_corpus(TEXTS[:1]))
     plain = continuations(tiny, tokenizer, prompts, tokens=8, batch_size=1)["ids"][0].to_list()

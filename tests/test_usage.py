@@ -1,5 +1,7 @@
 """Speed and size: what is counted can be counted again, what is timed is sane."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from moecollab.errors import DataError
 from moecollab.evaluation.batching import in_batches, rows_that_fit
 from moecollab.evaluation.differences import SIZE, SPEED, differences
 from moecollab.evaluation.evaluation import evaluate, load_evaluation
+from moecollab.evaluation.usage import _on_disk, measure_usage
 from moecollab.models.masking import mask
 from moecollab.pruning.plans import Plan
 from moecollab.pruning.pruning import prune
@@ -67,6 +70,36 @@ def test_a_mask_keeps_every_expert(folder, full, plan, tmp_path):
         assert row["difference_low"] is None  # rounds are no pairs
     sizes = table.filter(measure=SIZE, model="masked")
     assert dict(zip(sizes["metric"], sizes["difference"], strict=True))["parameters"] == -rows
+
+
+def test_only_the_files_that_are_loaded_are_counted(folder, tmp_path):
+    """A second copy of the weights in another naming is none of theirs."""
+    copied = shutil.copytree(folder, tmp_path / "m")
+    whole = copied / "model.safetensors"
+    size = whole.stat().st_size
+    shutil.copy(whole, copied / "consolidated.safetensors")
+    assert _on_disk(copied) == size
+    whole.rename(copied / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert _on_disk(copied) == size
+    assert _on_disk(tmp_path / "nowhere") is None
+
+
+def test_speed_is_that_of_all_rounds_whatever_the_model_asks_for(monkeypatch):
+    """Within no time, or with a token that stops it, as many tokens are written."""
+    model = models.build("qwen2_moe")
+    model.generation_config.max_time = 1e-9
+    model.generation_config.suppress_tokens = [5]
+    own, plain = model.generation_config, model.generation_config.to_dict()
+    written, generate = [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **asked: written.append(generate(**asked)), raising=False
+    )
+    usage = measure_usage(model, None, window=20, seed=0)
+    assert {one.shape[1] for one in written} == {usage.prompt_tokens + usage.new_tokens}
+    assert model.generation_config is own
+    assert own.to_dict() == plain
 
 
 def test_a_batch_takes_a_quarter_of_memory():

@@ -172,10 +172,11 @@ def _written_rows(name: str, found: Evaluation, base: Evaluation) -> Iterator[di
     same = same and _asked_to_write(found) == _asked_to_write(base)
     ones = np.ones(mine.height)
     head = {"model": name, "measure": WRITTEN, "domain": EVERYWHERE, "n": mine.height}
-    for metric in ("rep_2", "rep_4", "loop", "stuck"):
+    for metric in ("rep_2", "rep_4", "loop", "stuck", "tokens"):
         reference = _column(theirs, metric) if same and theirs is not None else None
         numbers = _numbers(_column(mine, metric), ones, reference, base.seed)
-        yield head | {"metric": metric, "higher_is_better": False} | numbers
+        better = None if metric == "tokens" else False  # fewer repeat less, and say less
+        yield head | {"metric": metric, "higher_is_better": better} | numbers
     before = _distinct(base.generations) if same else None
     numbers = _exact(_distinct(found.generations), before)
     yield head | {"metric": "distinct_2", "higher_is_better": True} | numbers

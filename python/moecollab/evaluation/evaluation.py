@@ -243,8 +243,9 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     """
     from moecollab.evaluation.parts import Material, Work, check_asked, check_settings
     from moecollab.evaluation.perplexity import window_of
+    from moecollab.evaluation.samples import sample_table, write_samples
     from moecollab.evaluation.stages import Stages
-    from moecollab.evaluation.subject import open_subject
+    from moecollab.evaluation.subject import digest_tokenizer, open_subject
 
     check_settings(
         limit=limit, batch_size=batch_size, context=context, seed=seed, generate=generate
@@ -271,7 +272,8 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
         "context": window,
     }
     settings |= {"generate": generate} if generate else {}
-    inputs = {"model": subject.digest} | material.digests
+    tokens = digest_tokenizer(subject.tokenizer, material.text or material.prompts)
+    inputs = {"model": subject.digest, "tokenizer": tokens} | material.digests
     about = manifest(KIND, FORMAT, settings=settings, inputs=inputs, seed=seed)
     work = Work(
         subject=subject,
@@ -282,8 +284,11 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
         limit=limit,
         seed=seed,
     )
-    parts = work.losses() | work.generations(generate) | work.answers(log)
-    parts |= work.usage() if speed else {}
+    parts = work.losses() | work.generations(generate)
+    results, answered = work.answers()
+    parts |= {"tasks": results} | (work.usage() if speed else {})
+    if log is not None:  # last, so that a run that was stopped does not find its own log
+        write_samples(log, sample_table(answered))
     called = name or subject.name
     found = Evaluation(name=called, model=subject.path, plan=subject.plan, about=about, **parts)
     if file is not None:

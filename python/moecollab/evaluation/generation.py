@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ OPENING = 32
 """Tokens of a held-out document that are gone on with."""
 MOST_PROMPTS = 32
 """Prompts that are taken if no limit is given."""
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 SCHEMA: dict[str, Any] = {
     "prompt": pl.String,
     "domain": pl.String,
@@ -205,6 +207,23 @@ def greedy_settings(model: Any, tokens: int, *, ends: bool = True) -> Generation
     )
 
 
+@contextmanager
+def only_greedy(model: Any, tokens: int, *, ends: bool = True) -> Iterator[GenerationConfig]:  # noqa: ANN401
+    """Greedy settings for `generate`, which fills what they leave open from blank ones meanwhile.
+
+    A checkpoint may suppress tokens, guide, stop or force; none of it would be seen in the text.
+    """
+    settings, own = greedy_settings(model, tokens, ends=ends), vars(model).get("generation_config")
+    if own is None:
+        yield settings
+        return
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in _IDS})
+    try:
+        yield settings
+    finally:
+        model.generation_config = own
+
+
 def _batches(prompts: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[list[int]]:
     """Rows of prompts of equally many tokens, the longest first."""
     lengths: dict[int, list[int]] = {}
@@ -220,10 +239,10 @@ def _greedy(model: Any, batch: list[tuple[int, ...]], tokens: int) -> list[list[
     for ids in batch:
         check_tokens(ids, model)
     given = torch.tensor(batch, device=model.device)
-    settings = greedy_settings(model, tokens)
-    found = model.generate(
-        input_ids=given, attention_mask=torch.ones_like(given), generation_config=settings
-    )
+    with only_greedy(model, tokens) as settings:
+        found = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), generation_config=settings
+        )
     end = settings.eos_token_id
     ends = set(end) if isinstance(end, list | tuple) else {end}
     return [_up_to(row, ends) for row in found[:, given.shape[1] :].tolist()]

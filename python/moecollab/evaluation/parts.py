@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,7 @@ from moecollab.evaluation.generation import (
 )
 from moecollab.evaluation.perplexity import SCHEMA as DOCUMENTS
 from moecollab.evaluation.perplexity import HeldOut, document_losses
-from moecollab.evaluation.samples import check_samples, sample_table, write_samples
+from moecollab.evaluation.samples import check_samples
 from moecollab.evaluation.stages import Stages
 from moecollab.evaluation.subject import Subject
 from moecollab.evaluation.tasks import Exam, Questions, TaskResult, load_tasks
@@ -130,11 +130,11 @@ class Work:
 
         return {"generations": self._table("generations", SCHEMA, written)}
 
-    def answers(self, log: Path | None) -> dict[str, Any]:
-        """Results on the tasks; what was asked and answered goes to a log."""
+    def answers(self) -> tuple[tuple[TaskResult, ...], Mapping[str, Any]]:
+        """Results on the tasks, and what was asked and answered by task."""
         questions = self.material.questions
         if questions is None:
-            return {}
+            return (), {}
 
         def answered(size: int) -> tuple[tuple[TaskResult, ...], Any]:
             model, tokenizer, keep = self.subject.model, self.subject.tokenizer, self.stages.part
@@ -142,9 +142,7 @@ class Work:
             return exam.logged()
 
         results, samples = self._in_batches(answered)
-        if log is not None:
-            write_samples(log, sample_table(samples))
-        return {"tasks": results}
+        return results, samples
 
     def usage(self) -> dict[str, Any]:
         """Speed and size."""

@@ -10,11 +10,15 @@ from typing import Any
 from torch import nn
 
 from moecollab.errors import MissingInputError
+from moecollab.evaluation.perplexity import encode
 from moecollab.manifest import digest_json
-from moecollab.models.applied import Applied
-from moecollab.models.gains import Gains
+from moecollab.models.applied import Applied, applied_to
 from moecollab.models.loading import digest_model, load_model, load_tokenizer
 from moecollab.models.masked import kept_of
+from moecollab.record.corpus import Corpus
+
+PROBED, PROBED_LETTERS = 8, 1000
+"""Documents of which a tokenizer's digest reads the beginning, and letters of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class Subject:
     path : str
         Where the model came from, or its class if it came from nowhere.
     digest : str
-        Digest of its weights, cut by a mask if there is one.
+        Digest of its weights and of all that is on it: masks, gains and modes.
     plan : mapping, optional
         Kept experts, if the model is masked.
     """
@@ -76,17 +80,29 @@ def open_subject(
         model=model,
         tokenizer=tokenizer,
         path=path or type(model).__name__,
-        digest=_digest(model, given),
+        digest=_digest(model),
         plan=_plan_of(given),
     )
 
 
-def _digest(model: Any, given: Any) -> str:  # noqa: ANN401 (as above)
-    """Digest of a model's weights, and of the factors on its experts, which are no weights."""
-    digest = digest_model(model)
-    if isinstance(given, Gains):
-        return digest_json([digest, given.as_json()])
-    return digest
+def digest_tokenizer(tokenizer: Any, corpus: Corpus | None) -> str:  # noqa: ANN401 (any tokenizer)
+    """Digest of a tokenizer's class, tokens and special tokens, and of how some text begins.
+
+    Text is read because merges and normalisation may differ where vocabularies do not; as it is
+    what will be measured, every tokenizer can read it.
+    """
+    documents = () if corpus is None else corpus.documents[:PROBED]
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    special = getattr(tokenizer, "special_tokens_map", {})
+    read = [encode(tokenizer, document.text[:PROBED_LETTERS]) for document in documents]
+    plain = {str(name): str(token) for name, token in special.items()}
+    return digest_json([type(tokenizer).__name__, vocabulary, plain, read])
+
+
+def _digest(model: Any) -> str:  # noqa: ANN401 (as above)
+    """Digest of a model's weights, and of what is on it, much of which is no weights."""
+    digest, applied = digest_model(model), applied_to(model)
+    return digest_json([digest, applied]) if applied else digest
 
 
 def _origin(model: Any) -> str:  # noqa: ANN401 (any model)

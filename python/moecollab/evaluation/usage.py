@@ -13,7 +13,8 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from moecollab.errors import DataError
-from moecollab.evaluation.generation import greedy_settings
+from moecollab.evaluation.generation import only_greedy
+from moecollab.manifest import read_json
 from moecollab.progress import track
 
 PROMPT, NEW, ROUNDS, WARM_UP = 128, 32, 5, 1
@@ -153,11 +154,14 @@ def _some_tokens(model: Any, size: int, seed: int) -> torch.Tensor:  # noqa: ANN
 
 def _rounds(model: Any, given: torch.Tensor, new: int) -> list[tuple[float, float]]:  # noqa: ANN401
     """Seconds to the first token and from there to the last, of every round that counts."""
-    settings = greedy_settings(model, new, ends=False)
     found, training = [], model.training
     model.eval()
     try:
-        with torch.inference_mode(), track("measuring speed", WARM_UP + ROUNDS) as bar:
+        with (
+            torch.inference_mode(),
+            only_greedy(model, new, ends=False) as settings,
+            track("measuring speed", WARM_UP + ROUNDS) as bar,
+        ):
             for _round in range(WARM_UP + ROUNDS):
                 watch, start = _Watch(), perf_counter()
                 model.generate(
@@ -186,6 +190,17 @@ def _resident(device: torch.device) -> int | None:
 
 
 def _on_disk(folder: Path | None) -> int | None:
-    """Bytes of the weight files of a folder, or None if there are none."""
-    files = [] if folder is None else list(folder.glob("*.safetensors"))
+    """Bytes of the weight files that transformers reads in a folder, or None if there are none."""
+    files = [] if folder is None else _weight_files(folder)
     return sum(file.stat().st_size for file in files) or None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The one file, or those that the index names; others hold the same weights once more."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return list(folder.glob("*.safetensors"))
+    named = {str(name) for name in dict(read_json(index).get("weight_map") or {}).values()}
+    return [folder / name for name in sorted(named) if (folder / name).is_file()]

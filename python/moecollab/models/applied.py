@@ -10,6 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 from moecollab.models.slicing import Change, undo
 
+_APPLIED = "_moecollab_applied"
+"""Where a model says what is on it; a copy of the model says the same."""
+
 
 class Applied(ABC):
     """A plan that is on a model until :meth:`remove` is called or a ``with`` block ends.
@@ -22,6 +25,7 @@ class Applied(ABC):
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
+        self._noted = False
         self._changes: list[Change] = []
         self._handles: list[RemovableHandle] = []
         try:
@@ -29,6 +33,8 @@ class Applied(ABC):
         except BaseException:
             self.remove()
             raise
+        vars(model).setdefault(_APPLIED, []).append(self.as_json())
+        self._noted = True
 
     @abstractmethod
     def _apply(self) -> None:
@@ -44,6 +50,9 @@ class Applied(ABC):
             handle.remove()
         undo(self._changes)
         self._handles, self._changes = [], []
+        if self._noted:
+            vars(self.model)[_APPLIED].remove(self.as_json())
+            self._noted = False
 
     @property
     def _where(self) -> str:
@@ -55,3 +64,8 @@ class Applied(ABC):
 
     def __exit__(self, *_error: object) -> None:
         self.remove()
+
+
+def applied_to(model: nn.Module) -> list[dict[str, Any]]:
+    """All that is on a model now, as plain data in the order in which it was put there."""
+    return list(vars(model).get(_APPLIED, ()))
