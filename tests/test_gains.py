@@ -210,7 +210,7 @@ def test_all_that_is_on_a_model_is_in_its_digest(tokenizer):
         return open_subject(given, tokenizer).digest
 
     model = models.build("qwen2_moe")
-    keep = keeping(find_moe_layers(model))
+    keep, before = keeping(find_moe_layers(model)), set(vars(model))
     bare = digest(model)
     with amplify(model, {(0, 0): 5.0}) as outer:
         assert digest(model) == digest(outer) == digest(copy.deepcopy(model)) != bare
@@ -232,6 +232,7 @@ def test_all_that_is_on_a_model_is_in_its_digest(tokenizer):
     with pytest.raises(PlanError):
         amplify(model, {(9, 0): 5.0})
     assert digest(model) == bare
+    assert set(vars(model)) == before
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,10 @@ class Applied(ABC):
         undo(self._changes)
         self._handles, self._changes = [], []
         if self._noted:
-            vars(self.model)[_APPLIED].remove(self.as_json())
+            noted = vars(self.model)[_APPLIED]
+            noted.remove(self.as_json())
+            if not noted:
+                del vars(self.model)[_APPLIED]
             self._noted = False
 
     @property
