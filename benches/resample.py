@@ -1,8 +1,8 @@
 """Time to resample criteria of tokens and patterns: ``python benches/resample.py RECORDING FIT``.
 
 Processor seconds for 200 draws, reading the recording included; RECORDING with ``--collect
-preferences``, FIT the folder of a collaboration fitted on it. Set ``POLARS_MAX_THREADS=1`` and
-``OMP_NUM_THREADS=1`` for one thread.
+preferences,shift --folds 32``, FIT the folder of a collaboration fitted on it. Set
+``POLARS_MAX_THREADS=1`` and ``OMP_NUM_THREADS=1`` for one thread.
 """
 
 from __future__ import annotations

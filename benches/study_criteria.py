@@ -30,6 +30,7 @@ HELD_OUT_PIECE, HELD_OUT_PIECES = 600, 5  # of each domain
 ALONE = 8
 """Times as many pieces of a domain that is studied alone."""
 QUESTIONS = 100
+BUDGETS = {"layer": "The same share in each layer", "model": "The share over the whole model"}
 FITS = {
     "patterns": mc.HSDL(atoms=(64, 128), rows="sample"),
     "token": mc.HSDL(atoms=(256,), rows="token"),
@@ -180,9 +181,8 @@ def markdown(found: mc.Comparison, measure: str, per: str) -> str:
         cells = []
         for drop in drops:
             row = table.filter(criterion=name, drop=drop).row(0, named=True)
-            cells.append(
-                f"{row['cost']:.3f} [{row['low']:.3f}, {row['high']:.3f}] {row['rank']:.1f}"
-            )
+            rank = f" {row['rank']:.1f}" if measure == "loss" else ""
+            cells.append(f"{row['cost']:.3f} [{row['low']:.3f}, {row['high']:.3f}]{rank}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *found.notes(measure)])
 
@@ -197,7 +197,7 @@ def tables(
         found = mc.load_comparison(work / "comparison")
         for measure in found.measures:
             for per in found.cells["per"].unique(maintain_order=True):
-                print(f"\n### {work.name}: {measure}, per {per}\n\n{markdown(found, measure, per)}")
+                print(f"\n### {BUDGETS[per]}: {measure}\n\n{markdown(found, measure, per)}")
                 if reference is not None:
                     print(f"\n{held_against(found, measure, per, reference)}")
 
@@ -215,6 +215,42 @@ def held_against(found: mc.Comparison, measure: str, per: str, reference: str) -
         )
         lines.append(f"- {drop:.1%}: {gaps}")
     return "\n".join(lines)
+
+
+@app.command()
+def overlap(
+    work: Annotated[Path, typer.Argument(help="Folder of a run")],
+    reference: Annotated[str, typer.Option(help="Criterion to hold others against")] = "coverage",
+) -> None:
+    """Which part of what the reference drops is dropped by others, and by it from other text."""
+    variants()
+    found = mc.load_comparison(work / "comparison")
+    n_seeds = found.cells["seed"].n_unique()
+    for per, drop in found.cells.select("per", "drop").unique(maintain_order=True).iter_rows():
+        gone = {
+            name: [_gone(work, name, seed, per, drop) for seed in range(n_seeds)]
+            for name in found.cells["criterion"].unique(maintain_order=True)
+        }
+        own = gone.pop(reference)
+        shares = {"itself, from other text": _alike(own[1:], own[:-1])}
+        shares |= {name: _alike(own, others) for name, others in gone.items()}
+        print(f"{drop:.1%} per {per}: " + ", ".join(f"{k} {v:.2f}" for k, v in shares.items()))
+
+
+def _gone(work: Path, name: str, seed: int, per: str, drop: float) -> set[tuple[int, int]]:
+    """Layer and expert of all that a criterion drops."""
+    asked, _, fit = name.partition("@")
+    read = f"@{fit or next(iter(FITS))}" if mc.criteria.get(asked).kind == "patterns" else ""
+    folder = work / "comparison" / f"seed-{seed}" / "scores"
+    files = (folder / f"{asked}{read}{ending}.parquet" for ending in ("", f"-{drop:g}"))
+    made = mc.plan(mc.load_scores(next(f for f in files if f.exists())), drop=drop, per=per)
+    everyone = range(made.n_experts)
+    return {(layer, e) for layer, kept in made.keep.items() for e in set(everyone) - set(kept)}
+
+
+def _alike(first: list[set], second: list[set]) -> float:
+    pairs = zip(first, second, strict=True)
+    return float(np.mean([len(one & other) / len(one) for one, other in pairs]))
 
 
 if __name__ == "__main__":

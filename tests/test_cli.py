@@ -350,7 +350,7 @@ def test_the_embedded_model_has_a_name(inside, text, tmp_path):
         if given is not None:
             taking += 1
             assert given.annotation.__metadata__[0].callback is model_path, verb
-    assert taking == 8
+    assert taking == 10
 
 
 @pytest.mark.parametrize(("option", "value"), [("--drops", "25"), ("--share", "50")])

@@ -154,6 +154,40 @@ def test_a_run_can_be_extended(folder, tmp_path):
         run(folder, out, criteria=("easy_ep",))
 
 
+def test_a_criterion_that_changed_is_not_mixed_with_what_it_was(folder, tmp_path):
+    """It is scored anew for all seeds when a run is extended."""
+    own, settings = mc.criteria.Criterion, {"criteria": ("mine",), "per": ("layer",)}
+    needs = mc.criteria.get("frequency").needs
+    try:
+        mc.criteria.register(own("mine", needs, lambda evidence, /: 1.0 * evidence.tallies.count))
+        run(folder, tmp_path / "a", **settings, seeds=1)
+        mc.criteria.unregister("mine")
+        mc.criteria.register(own("mine", needs, lambda evidence, /: -1.0 * evidence.tallies.count))
+        extended = run(folder, tmp_path / "a", **settings, seeds=2)
+        fresh = run(folder, tmp_path / "b", **settings, seeds=2)
+    finally:
+        mc.criteria.unregister("mine")
+    assert extended.cells.equals(fresh.cells)
+
+
+def test_an_extension_that_fails_leaves_the_tables_as_they_were(folder, tmp_path):
+    found = run(folder, tmp_path / "a", criteria=("random",), seeds=1)
+    before = json.loads((tmp_path / "a" / "manifest.json").read_text())
+
+    def boom(evidence, /):
+        raise DataError("boom")
+
+    mc.criteria.register(mc.criteria.Criterion("mine", mc.criteria.get("frequency").needs, boom))
+    try:
+        with pytest.raises(DataError, match="boom"):
+            run(folder, tmp_path / "a", criteria=("random", "mine"), seeds=1)
+    finally:
+        mc.criteria.unregister("mine")
+    after = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert after == before
+    assert mc.load_comparison(tmp_path / "a").cells.equals(found.cells)
+
+
 def test_criteria_of_patterns_can_come_later(folder, tmp_path):
     out, other = tmp_path / "out", mc.HSDL(atoms=(3,), rows="token")
     asked = {"seeds": 1, "drops": (0.25,)}

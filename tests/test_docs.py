@@ -33,5 +33,7 @@ def test_the_blocks_of_the_page_on_models_run_as_they_stand():
 
 def test_results_hold_both_budgets_of_what_was_compared():
     text = (DOCS / "results.md").read_text()
+    n_tables = text.count("### The same share in each layer") * 2
+    assert n_tables >= 2
     for criterion in ("caep", "coverage", "easy_ep", "gate_sum", "random", "reap"):
-        assert text.count(f"| {criterion} | ") == 2, criterion
+        assert text.count(f"| {criterion} | ") == n_tables, criterion

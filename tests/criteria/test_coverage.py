@@ -122,6 +122,37 @@ def test_coverage_counts_by_the_angle(acts):
     np.testing.assert_allclose(coverage(evidence).sum(), expected.sum(), rtol=1e-5)
 
 
+def test_coverage_by_hand(tmp_path):
+    """One token: 1 and 3 from the experts of a layer that shifts it by ¼, 2 and 2 where it is 1.
+
+    v is (½, 3/2) and (2, 2); of mass 2 a quarter goes first, of mass 4 a half.
+    """
+    table = Recorded(
+        expert=np.array([[[0, 1]], [[0, 1]]], np.uint16),
+        weight=np.full((2, 1, 2), 0.5, np.float32),
+        norm=np.array([[[2, 6]], [[4, 4]]], np.float32),
+        shift=np.array([[0.25], [1.0]]),
+        sample=np.zeros(1, int),
+        n_experts=2,
+        domains=("all",),
+    )
+    found = score("coverage", table.save(tmp_path / "a")).values
+    np.testing.assert_allclose(found, [[1 / 8, 15 / 8], [3, 1]], rtol=1e-6)
+
+
+def test_coverage_of_each_layer_is_that_of_the_slow_twin(acts, collaboration):
+    tallies = acts.tallies().total()
+    evidence = Evidence(tallies=tallies, top_k=2, activations=acts, collaboration=collaboration)
+    shift, output = tallies["sum_shift"], tallies["sum_weighted_norm"]
+    angle = np.sqrt(np.divide(shift, output, out=np.zeros(output.shape), where=output > 0))
+    for function, rows in ((coverage, token_rows), (pattern_coverage, pattern_rows)):
+        found, dense = function(evidence), rows(evidence).dense().astype(np.float64)
+        for layer in range(2):
+            own = dense[:, layer * 6 : (layer + 1) * 6] * angle[layer]
+            _, expected = slow(own, np.ones(len(own)), 2.0)
+            np.testing.assert_allclose(found[layer], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_with_power_one_both_are_total_output(acts, collaboration):
     total = acts.tallies().total()
     evidence = Evidence(tallies=total, top_k=2, activations=acts, collaboration=collaboration)

@@ -23,8 +23,9 @@ def coverage(evidence: Evidence, /) -> NDArray[np.float64]:
     Formula: in every layer, a token t that draws v_t(s) = g(t, s) ‖f(t, s)‖₂ √(Z(s) / O(s)) from
         expert s has the mass m_t = Σ_s v_t(s), and is harmed by m_t x_t^p, x_t the share of m_t
         that is gone and p = 2; s goes whose going adds least, and s = what it adds then. Z is the
-        score ``easy_ep`` and O that of ``reap_sum``: Z / O is 1 - cos of the angle by which the
-        layer's experts turn the stream, so its root is nearly that angle
+        score ``easy_ep`` and O that of ``reap_sum``: Z / O is the weighted mean of 1 - cos of the
+        angle by which the layer's experts turn the stream at the tokens of s, so its root grows
+        about as that angle
     Needs: output norms, shift, tokens
     Direction: higher is kept
     Cost: O(n_layers n_tokens top_k) numbers in memory, and as many operations for each time that

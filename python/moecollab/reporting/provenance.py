@@ -93,7 +93,9 @@ def _commands(material: Material) -> Iterator[str]:
             made = f"score run/activations --criterion {name}{needs} --drop {drop}"
         else:
             budget = _options(asked, ("drop", "experts", "mass", "floor"))
+            drawn = _options(_drawn(material, plan.criterion), ("resamples", "confidence", "seed"))
             made = f"uncertainty run/activations --criterion {name}{needs}{budget} --per {plan.per}"
+            made += drawn
         yield f"{made} --out run/scores.parquet"
         named = _options(asked, ("drop", "experts", "mass", "memory_gb", "floor"))
         model_named = f" --model {model}" if "memory_gb" in asked else ""
@@ -105,6 +107,12 @@ def _commands(material: Material) -> Iterator[str]:
     yield "report run --out run/report.html"
 
 
+def _drawn(material: Material, criterion: str) -> Mapping[str, Any]:
+    """How documents were drawn for the scores of a criterion, if these are at hand."""
+    spreads = (one.spread for one in material.scores if one.criterion == criterion)
+    return next((one.settings for one in spreads if one is not None), {})
+
+
 def _recording(acts: Activations, model: str) -> str:
     """The command that made the activations."""
     settings = acts.manifest["settings"]
@@ -112,7 +120,9 @@ def _recording(acts: Activations, model: str) -> str:
         kind = shlex.quote(acts.manifest["imported"]["kind"])
         known = _options(settings, ("experts", "top_k", "domain"))
         return f"import {kind} FILES --out run/activations{known}"
-    options = _options(settings, ("tokens", "context"))
+    options = _options(settings, ("tokens", "context", "folds"))
+    groups = [group for group in settings.get("collect") or () if group not in ("routing", "norms")]
+    options += f" --collect {','.join(groups)}" if groups else ""
     return f"extract {model} TEXT --out run/activations{options}{_seed(acts.manifest)}"
 
 

@@ -98,13 +98,17 @@ class Calibration:
     def _scores(
         self, entry: Entry, drop: float, acts: Activations, fits: dict[str, Collaboration]
     ) -> Scores:
-        """Scores of one criterion, from their file if they have been made."""
+        """Scores of one criterion; from their file if they ran the model, which takes long.
+
+        Others are made anew, so that a criterion whose formula has changed is not mixed with what
+        it was.
+        """
         ending = f"-{drop:g}" if entry.criterion.by_drop else ""
         read = "" if entry.fit is None else f"@{entry.fit}"
         path = self.folder / "scores" / f"{entry.criterion.name}{read}{ending}.parquet"
-        if path.exists():
-            return load_scores(path)
         needs = entry.criterion.needs
+        if path.exists() and Needs.MODEL in needs:
+            return load_scores(path)
         return score(
             entry.criterion.name,
             acts,
@@ -114,6 +118,7 @@ class Calibration:
             drop=drop,
             seed=self.seed,
             out=path,
+            overwrite=True,
         )
 
     def _probe(self) -> tuple[NDArray[np.int64], ...]:

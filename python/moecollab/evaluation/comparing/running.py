@@ -133,7 +133,8 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
     settings |= {"probe_tokens": probe_tokens, "batch_size": batch_size}
     inputs = {"model": subject.digest, "corpus": text.digest, "held_out": judge.digest}
     inputs |= {} if questions is None else {"tasks": questions.digest}
-    folder = _claim(Path(out), manifest(KIND, FORMAT, settings=settings, inputs=inputs), overwrite)
+    about = manifest(KIND, FORMAT, settings=settings, inputs=inputs)
+    folder = _claim(Path(out), about, overwrite)
     warn_alike(grid, text)
     bench = Bench(
         folder=folder / "measured",
@@ -146,7 +147,9 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
     )
     cells = _run(grid, text, subject, bench, folder, probe_tokens, window)
     tidy(cells, bench.folder).write(folder)
-    _note_sizes(folder, text, grid)
+    fits = read_json(folder / MANIFEST)["settings"]["fits"]
+    about["settings"] = settings | {"fits": fits}
+    write_json(folder / MANIFEST, about | _sizes(folder, text, grid), overwrite=True)
     return load_comparison(folder)
 
 
@@ -175,9 +178,9 @@ def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> Path:
                 "output, or pass overwrite (--overwrite) to start anew"
             )
         shutil.rmtree(folder)
-    else:  # the fits of before are still there
+    else:  # until there are new tables it says what those of before hold; fits are added
         fits = before["settings"]["fits"] | about["settings"]["fits"]
-        about = {**about, "settings": about["settings"] | {"fits": fits}}
+        about = before | {"settings": before["settings"] | {"fits": fits}}
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(about), overwrite=True)
     return folder
@@ -238,23 +241,19 @@ def _run(
     return pl.DataFrame(cells, schema=CELLS)
 
 
-def _note_sizes(folder: Path, text: Corpus, grid: Grid) -> None:
-    """Adds to the manifest how large the model and the calibrations were."""
+def _sizes(folder: Path, text: Corpus, grid: Grid) -> dict[str, Any]:
+    """How large the model and the calibrations were, for the manifest."""
     made = [folder / f"seed-{seed}" / "activations" / MANIFEST for seed in range(grid.seeds)]
     recorded = [read_json(file) for file in made]
-    sizes = {
-        "model": recorded[0]["model"],
-        "dtype": recorded[0]["settings"]["dtype"],
-        "fit": next(iter(grid.fits), None),
-        "calibration": {
-            "documents": [one["corpus"]["n_samples"] for one in recorded],
-            "tokens": [one["corpus"]["n_tokens"] for one in recorded],
-            "domains": len(text.domains),
-            "alike": alike(grid, text),
-        },
+    calibrations = {
+        "documents": [one["corpus"]["n_samples"] for one in recorded],
+        "tokens": [one["corpus"]["n_tokens"] for one in recorded],
+        "domains": len(text.domains),
+        "alike": alike(grid, text),
     }
-    about = read_json(folder / MANIFEST) | {"measured": sizes}
-    write_json(folder / MANIFEST, about, overwrite=True)
+    about = {"model": recorded[0]["model"], "dtype": recorded[0]["settings"]["dtype"]}
+    fit = next(iter(grid.fits), None)
+    return {"measured": about | {"fit": fit, "calibration": calibrations}}
 
 
 def _measured(
