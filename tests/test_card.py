@@ -8,6 +8,7 @@ import models
 from moecollab import evaluate
 from moecollab.errors import DataError, SchemaError
 from moecollab.models.keep import Keep
+from moecollab.models.masking import mask
 from moecollab.models.routing import find_moe_layers
 from moecollab.pruning.plans import Plan
 from moecollab.pruning.pruning import prune
@@ -169,3 +170,28 @@ def test_cards_of_bases_that_say_nothing(text, base, tmp_path):
 def test_a_model_from_nowhere_has_a_card(tmp_path):
     prune(models.build("qwen3_moe"), plan_of(), out=tmp_path / "small")
     assert 'base_model: "Qwen3MoeForCausalLM"' in read(tmp_path / "small")[0]
+
+
+def test_evaluations_of_other_plans_are_refused(base, tmp_path, texts):
+    other = Keep({1: (0, 1, 2, 3), 2: (0, 1, 2, 3)}, 8, 2)
+    with mask(base, other) as tried:
+        foreign = evaluate(tried, corpus=texts, tokenizer=models.build_tokenizer(), name="foreign")
+    with mask(base, plan_of()) as tried:
+        own = evaluate(tried, corpus=texts, tokenizer=models.build_tokenizer(), name="own")
+    own.save(tmp_path / "own.json")
+    with pytest.raises(DataError, match="evaluation 'foreign' is of another plan"):
+        prune(base, plan_of(), out=tmp_path / "small", evaluations=[foreign])
+    first = prune(base, plan_of(), out=tmp_path / "small", evaluations=[tmp_path / "own.json"])
+    whole = evaluate(first, corpus=texts, name="whole")  # its plan is what is left in it
+    again = Keep({1: (0, 1, 2), 2: (0, 1, 2)}, 4, 2)
+    prune(first, again, out=tmp_path / "smaller", evaluations=[whole])
+    assert rows(read(tmp_path / "smaller")[1], "| model | measure")[0][0] == "whole"
+
+
+def test_names_stay_in_their_cell(base, tmp_path):
+    task = {"task": "arc", "metric": "acc", "value": 0.5, "stderr": None, "n": 12}
+    found = {"kind": "evaluation", "format": 1, "name": "a | b\nc", "documents": None}
+    (tmp_path / "found.json").write_text(json.dumps(found | {"tasks": [task]}))
+    prune(base, plan_of(), out=tmp_path / "small", evaluations=[tmp_path / "found.json"])
+    body = read(tmp_path / "small")[1]
+    assert "| a \\| b c | arc acc | 0.5 |  | 12 questions |" in body.splitlines()

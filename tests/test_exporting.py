@@ -50,7 +50,13 @@ def test_command_takes_scores_and_plans(inside, tmp_path):  # noqa: F811
         assert load_ranking(tmp_path / f"{name}.jsonl")[2] == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("line", ['{"1": [0, 0]}', '{"1": 3}', "[1]", "{", '{"1": [0], "2": [0]}'])
+DAMAGED = (
+    *('{"1": [0, 0]}', '{"1": 3}', "[1]", "{", '{"1": [0], "2": [0]}', '{"a": [1]}'),
+    *('{"1": "12"}', '{"1": [1.5]}', '{"1": [true]}', '{"1": [-1]}'),
+)
+
+
+@pytest.mark.parametrize("line", DAMAGED)
 def test_damaged_lines(line, tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps({"0": [1, 0]}) + "\n" + line + "\n")
     with pytest.raises(DataError, match="line 2 of"):

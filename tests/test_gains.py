@@ -19,6 +19,7 @@ from moecollab.models.masked import Mask
 from moecollab.models.masking import amplify, mask
 from moecollab.models.registry import unregister_layout
 from moecollab.models.routing import find_moe_layers, text_config
+from moecollab.pruning.pruning import prune
 from test_families import IMPLEMENTATIONS, SPREAD, listened, spied
 from test_remote import load, registers, save
 
@@ -258,3 +259,11 @@ def test_modes_that_cannot_be(tmp_path):
         mask(model, keep, mode="zero", out=tmp_path / "masked")
     with pytest.raises(PlanError, match=r"MoE layers \[1\] but the model has \[0, 1, 2\]"):
         mask(model, Keep({1: (0, 1)}, 8, 2), mode="zero")
+
+
+def test_gains_of_native_layers_know_how_many_experts_each_has():
+    keep = Keep({0: (0, 1, 2, 3), 1: (0, 1, 2), 2: (0, 1)}, 8, 2)
+    model = prune(models.build("mixtral"), keep, uneven="native")
+    amplify(model, {(1, 2): 2.0}).remove()
+    with pytest.raises(PlanError, match=r"no expert 3 in an MoE layer 1; .* of 3 experts"):
+        amplify(model, {(1, 3): 2.0})

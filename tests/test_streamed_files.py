@@ -380,3 +380,103 @@ def test_file_systems_that_cannot_copy_in_the_kernel(small_shards, tmp_path, mon
     monkeypatch.setattr(copying, "_BUFFER", 1000)
     run(verify=True)
     assert digest(tmp_path / "small") == whole
+
+
+def between_samples(file):
+    """Changes one byte that no sample of the journal sees."""
+    data = bytearray(file.read_bytes())
+    last = len(data) - 64
+    data[last * 30 // 63 + 64 + 5] ^= 255
+    file.write_bytes(data)
+
+
+@pytest.fixture
+def damaged(small_shards, tmp_path, monkeypatch):
+    """A run that was killed before it verified, then two of its files damaged unseen."""
+    run, whole = small_shards
+    monkeypatch.setattr(copying, "_SAMPLE", 64)
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "compare", lambda *_: (_ for _ in ()).throw(Stopped()))
+        with pytest.raises(Stopped):
+            run(verify=True)
+    for file in sorted((tmp_path / ".small.partial" / "model").glob("*.safetensors"))[:2]:
+        between_samples(file)
+    with pytest.raises(DataError, match="not written as it was read"):
+        run(verify=True)
+    return run, whole
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_verify_refused_is_written_again(overwrite, damaged, tmp_path):
+    run, whole = damaged
+    run(verify=True, overwrite=overwrite)
+    assert digest(tmp_path / "small") == whole
+
+
+def test_overwrite_starts_over_and_a_killed_overwrite_goes_on(small_shards, tmp_path, monkeypatch):
+    run, whole = small_shards
+    copied = []
+    for settings in ({}, {"overwrite": True}, {"overwrite": True}):
+        with monkeypatch.context() as patched:
+            made = stop_after(patched, 25, Stopped())
+            with pytest.raises(Stopped):
+                run(**settings)
+        files = (tmp_path / ".small.partial" / "model").glob("*.safetensors")
+        copied.append((len(made), len(list(files))))
+    assert copied[1] == copied[0], "it started over"
+    assert copied[2][1] > copied[1][1], "it went on"
+    run(overwrite=True)
+    assert digest(tmp_path / "small") == whole
+
+
+def test_a_run_that_was_stopped_while_it_cleaned_up_is_verified(
+    small_shards, tmp_path, monkeypatch
+):
+    run, whole = small_shards
+    with monkeypatch.context() as patched:
+        patched.setattr(journal.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(Stopped()))
+        with pytest.raises(Stopped):
+            run()
+    between_samples(sorted((tmp_path / "small").glob("*.safetensors"))[0])
+    with pytest.raises(DataError, match="not written as it was read"):
+        run(verify=True)
+    with pytest.raises(OutputExistsError):
+        run(verify=True)
+    run(verify=True, overwrite=True)
+    assert digest(tmp_path / "small") == whole
+    assert left(tmp_path) == ["base", "small", "whole"]
+
+
+def test_a_stopped_run_goes_on_by_a_relative_path(small_shards, base, tmp_path, monkeypatch):
+    run, whole = small_shards
+    with monkeypatch.context() as patched:
+        stop_after(patched, 40, Stopped())
+        with pytest.raises(Stopped):
+            run()
+    monkeypatch.chdir(tmp_path)
+    prune(base.name, EVEN, out="small", shard_size="20kB")
+    assert digest(tmp_path / "small") == whole
+
+
+def test_an_unfinished_file_takes_no_room(small_shards, tmp_path, monkeypatch):
+    run, _ = small_shards
+    with monkeypatch.context() as patched:
+        stop_after(patched, 40, Stopped())
+        with pytest.raises(Stopped):
+            run()
+    unfinished = tmp_path / ".small.partial" / "unfinished"
+    assert unfinished.exists()
+    real, seen = shutil.disk_usage, []
+    monkeypatch.setattr(
+        folder.shutil, "disk_usage", lambda path: seen.append(unfinished.exists()) or real(path)
+    )
+    run()
+    assert seen == [False]
+
+
+def test_systems_without_the_calls_of_linux(small_shards, tmp_path, monkeypatch):
+    run, whole = small_shards
+    for name in ("posix_fadvise", "copy_file_range"):
+        monkeypatch.delattr(copying.os, name)
+    run(verify=True)
+    assert digest(tmp_path / "small") == whole

@@ -9,6 +9,7 @@ import models
 import zoo
 from moecollab import progress
 from moecollab.errors import DataError, UnsupportedModelError
+from moecollab.models.loading import load_model
 from moecollab.models.routing import find_moe_layers
 from moecollab.pruning.pruning import prune
 from moecollab.pruning.streaming.naming import check_untied, routed_parts
@@ -162,3 +163,31 @@ def test_tied_experts_are_refused():
     model.all_tied_weights_keys = {first: second}
     with pytest.raises(UnsupportedModelError, match=rf"{first} and {second} are one tensor"):
         check_untied(model, parts)
+
+
+@pytest.mark.parametrize("given", ["loaded", "padded"])
+def test_further_layers_are_not_counted_where_the_model_was_built(given, tmp_path):
+    base = models.save("deepseek_v3", tmp_path / "base")
+    with_further_layer(base)
+    keep = keep_even(base)
+    if given == "loaded":
+        prune(load_model(base)[0], keep, out=tmp_path / "small")
+    else:
+        keep.keep[2] = (1, 3, 5)
+        prune(base, keep, out=tmp_path / "small", uneven="pad")
+    assert not any(name.startswith("model.layers.3.") for name in tensors(tmp_path / "small"))
+    assert json.loads((base / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert config["n_routed_experts"] == 4
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json"])
+def test_quantisation_beside_the_configuration_names_no_expert(name, tmp_path):
+    base = models.save("qwen3_moe", tmp_path / "base")
+    left_out = ["model.layers.1.mlp.experts.7.up_proj"]
+    (base / name).write_text(json.dumps({"quantization": {"exclude_modules": left_out}}))
+    with pytest.raises(UnsupportedModelError, match=rf"{name} names single experts"):
+        prune(base, keep_even(base), out=tmp_path / "small")
+    (base / name).write_text(json.dumps({"quantization": {"exclude_modules": ["lm_head"]}}))
+    assert (prune(base, keep_even(base), out=tmp_path / "small") / name).exists()

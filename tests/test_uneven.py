@@ -156,3 +156,18 @@ def test_refusal_to_pad_changes_nothing(token_ids, logits):
     with pytest.raises(PlanError, match="layer 0 keeps 2 experts and layer 1 keeps 3"):
         prune(model, keep)
     assert torch.equal(logits(model, token_ids), before)
+
+
+@pytest.mark.parametrize("given", ["folder", "loaded", "half precision"])
+def test_padding_cannot_be_kept(given, tmp_path):
+    base = models.save("deepseek_v3", tmp_path / "base")
+    keep = Keep({1: (0, 2, 5, 7), 2: (1, 6)}, 8, 2)
+    prune(base, keep, uneven="pad", out=tmp_path / "padded")  # experts 0 and 2 of layer 2 pad
+    model = tmp_path / "padded"
+    if given != "folder":
+        model = load_model(model)[0]
+    if given == "half precision":
+        model = model.bfloat16()
+    with pytest.raises(PlanError, match=r"layer 2 would keep experts \[0\], which are padding"):
+        prune(model, Keep({1: (0, 1), 2: (0, 1)}, 4, 2), out=tmp_path / "small")
+    prune(model, Keep({1: (0, 1), 2: (1, 3)}, 4, 2), out=tmp_path / "small")

@@ -128,11 +128,12 @@ def _table(factors: Factors, layers: list[MoeLayer]) -> NDArray[np.float64]:
     if isinstance(factors, Mapping):
         table = np.ones(shape)
         place = {layer.layer: number for number, layer in enumerate(layers)}
+        counts = {layer.layer: layer.n_experts for layer in layers}
         for (layer, expert), factor in factors.items():
-            if layer not in place or not 0 <= expert < shape[1]:
+            if not 0 <= expert < counts.get(layer, 0):
                 raise PlanError(
                     f"there is no expert {expert} in an MoE layer {layer}; the model has layers "
-                    f"{list(place)} of {shape[1]} experts"
+                    f"{list(place)} of {counts.get(layer, shape[1])} experts"
                 )
             table[place[layer], expert] = factor
     else:

@@ -116,6 +116,16 @@ def kept_of(path: str | PathLike[str]) -> Keep | None:
     return keep_from_json(kept, str(file)) if isinstance(kept, dict) else None
 
 
+def padding_of(path: str | PathLike[str]) -> dict[int, tuple[int, ...]]:
+    """Experts by layer that only fill up the layers of a pruned model's folder."""
+    file = Path(path) / MASK_FILE
+    found = read_json(file).get("padding") if file.is_file() else None
+    try:
+        return {int(layer): tuple(map(int, ids)) for layer, ids in (found or {}).items()}
+    except (AttributeError, TypeError, ValueError) as cause:
+        raise DataError(f"{file} has a padding that is not of ids by layer; prune again") from cause
+
+
 def read_masked(path: str | PathLike[str]) -> tuple[str, Keep] | None:
     """Base model and kept experts of a masked model's folder; None for any other path."""
     file = Path(path) / MASK_FILE

@@ -8,7 +8,7 @@ other loaders fail for the shapes of the weights, and the numbers of all layers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -152,6 +152,28 @@ def bar(layer: MoeLayer, places: list[int]) -> Change:
     barred = value.detach().clone()
     barred[..., places] = NEVER
     return replace_tensor(owner, name, barred)
+
+
+def barred(layers: list[MoeLayer]) -> dict[int, tuple[int, ...]]:
+    """Experts by layer that the biases of a loaded model keep from being chosen."""
+    found = {}
+    for layer in layers:
+        for _, name, value in router_rows(layer):
+            if name in _BIASES and not value.is_meta:
+                low = value.detach().flatten() < NEVER / 2  # types may round it
+                found[layer.layer] = tuple(low.nonzero().flatten().tolist())
+    return found
+
+
+def check_padding(keep: Keep, padding: Mapping[int, Sequence[int]]) -> None:
+    """Raises PlanError where padding stays, which routers choose when too few others are left."""
+    for layer, ids in padding.items():
+        kept = sorted(set(ids) & set(keep.keep.get(layer, ())))
+        if kept:
+            raise PlanError(
+                f"layer {layer} would keep experts {kept}, which are padding that no token can "
+                "choose; drop them, or prune the model that was padded instead"
+            )
 
 
 def _choice_bias(layer: MoeLayer) -> tuple[nn.Module, str, torch.Tensor]:

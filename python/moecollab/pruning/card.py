@@ -15,6 +15,8 @@ from torch import nn
 from moecollab.errors import DataError
 from moecollab.manifest import check_manifest, read_json, versions
 from moecollab.models.checkpoint import Checkpoint
+from moecollab.models.keep import Keep
+from moecollab.models.masked import kept_of
 from moecollab.models.uneven import Arrangement
 from moecollab.pruning.plans import Plan
 
@@ -84,20 +86,25 @@ class About:
     costs: tuple[Row, ...]
 
 
-def about(base: str, plan: Plan | None, evaluations: Sequence[Any] | None = None) -> About:
+def about(
+    base: str, keep: Keep, plan: Plan | None, evaluations: Sequence[Any] | None = None
+) -> About:
     """What is known of a model, by its path or name, of a plan, and of what it costs.
 
     Raises
     ------
     DataError
-        When an evaluation is missing or not whole.
+        When an evaluation is missing or not whole, or of another plan.
     SchemaError
         When a file is no evaluation.
     """
     source = Path(base)
     name = _folder_name(source.resolve()) if source.is_dir() else base
     front = tuple(_front_matter(source / CARD))
-    rows = [row for one in evaluations or () for row in _rows_of(_evaluation(one))]
+    read = [_evaluation(one) for one in evaluations or ()]
+    for found in read:
+        _check_plan(found, keep, source)
+    rows = [row for found in read for row in _rows_of(found)]
     return About(name, front, plan, tuple(rows))
 
 
@@ -254,10 +261,23 @@ def _evaluation(given: Any) -> Mapping[str, Any]:  # noqa: ANN401 (an Evaluation
     return read
 
 
+def _check_plan(found: Mapping[str, Any], keep: Keep, base: Path) -> None:
+    """Refuses what was measured neither on the model that is cut nor under this plan."""
+    tried = found.get("plan")
+    fitting = [one.as_json()["keep"] for one in (keep, kept_of(base)) if one is not None]
+    known = isinstance(tried, Mapping) and tried.get("keep") in fitting and "mode" not in tried
+    if tried is not None and not known:
+        raise DataError(
+            f"evaluation {found.get('name')!r} is of another plan than the one that is cut; "
+            "evaluate the whole model, or this plan under a mask"
+        )
+
+
 def _rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
     """Model, measure, value, standard error and size of every measure."""
     try:
-        name, documents = str(found["name"]), found["documents"]
+        documents = found["documents"]
+        name = " ".join(str(found["name"]).split()).replace("|", "\\|")
         if documents is not None:
             tokens = sum(documents["tokens"])
             loss = math.fsum(documents["nll"]) / tokens

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from moecollab.models.routing import MoeLayer, text_config
+
+FURTHER = (
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "mtp_num_hidden_layers",
+    "mtp_num_layers",
+    "num_mtp_modules",
+)
+"""Names of the number of layers that predict further tokens."""
+
+
+def further_counts(value: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Places of a configuration where layers that predict further tokens (MTP) are counted."""
+    for name, below in value.items():
+        if isinstance(below, dict):
+            yield from further_counts(below, (*path, name))
+        elif name in FURTHER and isinstance(below, int) and below > 0:
+            yield (*path, name)
 
 
 def count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:

@@ -69,15 +69,22 @@ def load_ranking(path: str | PathLike[str]) -> Ranked:
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             ((layer, ids),) = json.loads(line).items()
-            ranked = tuple(map(int, ids))
-        except (ValueError, TypeError, AttributeError):
-            ranked = (0, 0)
-        if len(set(ranked)) < len(ranked):
+            place, ranked = int(layer), _distinct(ids)
+        except (ValueError, TypeError, AttributeError) as cause:
             raise DataError(
                 f'line {number} of {path} is not {{"<layer>": [distinct ids]}}; export it again'
-            )
-        found[int(layer)] = ranked
+            ) from cause
+        found[place] = ranked
     return found
+
+
+def _distinct(ids: object) -> tuple[int, ...]:
+    """A list of ids as a tuple, or ValueError."""
+    if not isinstance(ids, list) or any(type(one) is not int for one in ids):
+        raise ValueError(ids)
+    if len(set(ids)) < len(ids) or any(one < 0 for one in ids):
+        raise ValueError(ids)
+    return tuple(ids)
 
 
 def _of_scores(scores: Scores) -> Ranked:

@@ -20,9 +20,9 @@ from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, slice_experts, slice_router, undo
-from moecollab.models.uneven import Arrangement, Uneven, arranged, bar
+from moecollab.models.uneven import Arrangement, Uneven, arranged, bar, barred, check_padding
 from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base
-from moecollab.pruning.counts import count_field, count_names, holder_of
+from moecollab.pruning.counts import count_field, count_names, further_counts, holder_of
 from moecollab.pruning.plans import Plan, load_plan
 from moecollab.pruning.streaming.folder import Writing, prune_folder
 from moecollab.pruning.streaming.journal import begun
@@ -102,7 +102,8 @@ def prune(
         refuse_existing(Path(out), overwrite=overwrite)
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
-    why = about(_origin(model), decided if isinstance(decided, Plan) else None, evaluations)
+    made = decided if isinstance(decided, Plan) else None
+    why = about(_origin(model), keep, made, evaluations)
     how = Writing(shard_size=size, verify=verify, overwrite=overwrite, uneven=uneven, about=why)
     if source is not None and out is not None:
         return prune_folder(source, keep, Path(out), how)
@@ -130,6 +131,7 @@ def _prune_loaded(
     check_keep(keep, layers)
     check_cut(layers)
     check_untied(loaded, layers)
+    check_padding(keep, barred(layers))
     arrangement = arranged(keep, how.uneven, layers)
     before = Size.of_model(loaded)
     _cut(loaded, layers, arrangement)
@@ -226,17 +228,24 @@ def _tokenizer_files(source: Path) -> Iterator[Path]:
 
 
 def _write_aliases(model: Any, folder: Path) -> None:  # noqa: ANN401
-    """Writes the number of experts under every name that some version of transformers reads."""
+    """Writes the number of experts under every name that some version of transformers reads.
+
+    Layers that predict further tokens (MTP) are counted as none: no model that was built has any.
+    """
     layer = find_moe_layers(model)[0]
     owner, name = count_field(model, layer)
     names = count_names(model, layer)
     path = folder / "config.json"
     config = json.loads(path.read_bytes())
-    place = holder_of(config, names)
-    if place is not None:
+    counts = [(*place, 0) for place in further_counts(config)]
+    holder = holder_of(config, names)
+    if holder is not None:
+        counts += [(*holder, alias, getattr(owner, name)) for alias in names]
+    for *place, last, count in counts:
         held = config
         for part in place:
             held = held[part]
-        held.update(dict.fromkeys(names, getattr(owner, name)))
+        held[last] = count
+    if counts:
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         write_bytes(path, text.encode(), overwrite=True)

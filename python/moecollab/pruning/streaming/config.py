@@ -13,18 +13,11 @@ from moecollab.errors import UnsupportedModelError
 from moecollab.manifest import read_json
 from moecollab.models.routing import find_moe_layers
 from moecollab.models.uneven import Arrangement
-from moecollab.pruning.counts import count_names, holder_of, text_path
+from moecollab.pruning.counts import count_names, further_counts, holder_of, text_path
+from moecollab.pruning.streaming.files import kept_files
 
 _VALUE = r"(?:-?\d+|\[[^\[\]{}]*\]|null)"
 _EXPERT_NAMED = re.compile(r"experts\.\d")
-FURTHER = (
-    "num_nextn_predict_layers",
-    "num_mtp_layers",
-    "mtp_num_hidden_layers",
-    "mtp_num_layers",
-    "num_mtp_modules",
-)
-"""Names of the number of layers that predict further tokens."""
 
 
 def smaller_config(
@@ -41,14 +34,10 @@ def smaller_config(
     Raises
     ------
     UnsupportedModelError
-        When the configuration names single experts, whose numbers change.
+        When it, or one of the quantisation beside it, names single experts, whose numbers change.
     """
     text, value = path.read_text("utf-8"), read_json(path)
-    if _EXPERT_NAMED.search(text):
-        raise UnsupportedModelError(
-            f"{path} names single experts, whose numbers change when others go; take a checkpoint "
-            "whose quantisation is the same for all experts"
-        )
+    _check_unnamed(path)
     layer = find_moe_layers(model)[0]
     names = count_names(model, layer)
     inside = (*text_path(model.config), *layer.layout.count.split(".")[:-1])
@@ -57,25 +46,27 @@ def smaller_config(
     for name in sorted(names, key=lambda one: one not in held):  # those that are there first
         text = _with(text, (*place, name), arrangement.count, names)
     if without_mtp:
-        for path_to in _further(value):
+        for path_to in further_counts(value):
             text = _with(text, path_to, 0, ())
     entry = arrangement.config_entry()
     return _dump(json.loads(text) | entry) if entry else text
+
+
+def _check_unnamed(path: Path) -> None:
+    """Refuses configurations that name single experts."""
+    beside = [name for name in kept_files(path.parent) if "quant" in name.lower()]
+    for file in (path, *(path.parent / name for name in beside if name.endswith(".json"))):
+        if _EXPERT_NAMED.search(file.read_text("utf-8", errors="replace")):
+            raise UnsupportedModelError(
+                f"{file} names single experts, whose numbers change when others go; take a "
+                "checkpoint whose quantisation is the same for all experts"
+            )
 
 
 def _at(value: Any, path: Sequence[str]) -> dict[str, Any] | None:  # noqa: ANN401
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value if isinstance(value, dict) else None
-
-
-def _further(value: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Places where layers that predict further tokens are counted."""
-    for name, below in value.items():
-        if isinstance(below, dict):
-            yield from _further(below, (*path, name))
-        elif name in FURTHER and isinstance(below, int) and below > 0:
-            yield (*path, name)
 
 
 def _with(text: str, path: Sequence[str], number: int, beside: Sequence[str]) -> str:

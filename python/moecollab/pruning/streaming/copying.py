@@ -20,6 +20,7 @@ _AHEAD = 128 << 20  # bytes that the kernel is asked to read before they are cop
 _FLUSHED = 256 << 20  # bytes after which the disk is given what was written
 _BUFFER = 8 << 20  # bytes that are read at once where Python has to
 _ELSEWHERE = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM)
+_SYNC = getattr(os, "fdatasync", os.fsync)  # macOS has only the latter
 _PLACES = 64
 _SAMPLE = 4096
 
@@ -91,7 +92,7 @@ class _Flush:
         if self._waiting < _FLUSHED or not (self._under_way is None or self._under_way.done()):
             return
         self.finish()
-        self._under_way, self._waiting = self._pool.submit(os.fdatasync, self._target), 0
+        self._under_way, self._waiting = self._pool.submit(_SYNC, self._target), 0
 
     def finish(self) -> None:
         """Waits, and raises what went wrong."""
@@ -105,10 +106,16 @@ def _read_ahead(spans: Sequence[Span], sources: Sources) -> Iterator[Span]:
     for path, start, count in spans:
         while asked < len(spans) and ahead < _AHEAD:
             file, first, size = spans[asked]
-            os.posix_fadvise(sources.handle(file), first, size, os.POSIX_FADV_WILLNEED)
+            _advise(sources.handle(file), first, size, "POSIX_FADV_WILLNEED")
             asked, ahead = asked + 1, ahead + size
         ahead -= count
         yield path, start, count
+
+
+def _advise(file: int, first: int, size: int, advice: str) -> None:
+    """Tells the kernel what is read, where it can be told; macOS cannot."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, first, size, getattr(os, advice))
 
 
 def _spans(shard: Shard) -> Iterator[Span]:
@@ -147,7 +154,8 @@ def _copy(span: Span, sources: Sources, target: int) -> None:
 def _some(source: int, target: int, start: int, count: int) -> int:
     """Copies up to a number of bytes; how many it were."""
     try:
-        return os.copy_file_range(source, target, count, start)
+        if hasattr(os, "copy_file_range"):  # macOS has none
+            return os.copy_file_range(source, target, count, start)
     except OSError as cause:  # between two file systems, or of one that cannot
         if cause.errno not in _ELSEWHERE:
             raise
@@ -172,7 +180,7 @@ def compare(shard: Shard, target: Path, sources: Sources, done: Done) -> None:
     """
     with target.open("rb", buffering=0) as file:
         written = file.fileno()
-        os.posix_fadvise(written, 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
+        _advise(written, 0, 0, "POSIX_FADV_DONTNEED")  # from the disk, not from memory
         if os.pread(written, len(shard.header), 0) != shard.header:
             raise _differs(target, "its header")
         at = len(shard.header)

@@ -19,9 +19,9 @@ from moecollab.manifest import digest_file, digest_json, dump_json
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.keep import Keep, check_cut, check_keep
 from moecollab.models.loading import check_tensor, explained, open_config, skeleton
-from moecollab.models.masked import MASK_FILE, PRUNED
+from moecollab.models.masked import MASK_FILE, PRUNED, padding_of
 from moecollab.models.routing import find_moe_layers
-from moecollab.models.uneven import Uneven, arranged
+from moecollab.models.uneven import Uneven, arranged, check_padding
 from moecollab.pruning.card import CARD, About, Size, card
 from moecollab.pruning.streaming.config import smaller_config
 from moecollab.pruning.streaming.copying import Sources, compare, write_shard
@@ -120,7 +120,9 @@ def prune_folder(source: Path, keep: Keep, out: Path, how: Writing) -> Path:
     with _writing(out), Journal(out, work.digests, how.overwrite) as journal:
         if not journal.finished():
             _check_room(work, journal)
-            _write(work, journal, verify=how.verify)
+            _write(work, journal)
+        if how.verify:
+            _verify(work, journal)
         journal.close()
     return out
 
@@ -141,6 +143,7 @@ def _plan_work(source: Path, keep: Keep, how: Writing) -> _Work:
     layers = find_moe_layers(model)
     check_keep(keep, layers)
     check_cut(layers)
+    check_padding(keep, padding_of(source))
     arrangement = arranged(keep, how.uneven, layers)
     with explained(str(source)):
         checkpoint = Checkpoint.open(str(source))
@@ -171,7 +174,7 @@ def _stamps(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
     """Name, size and time of change of each file of weights."""
     files = sorted({stored.file for stored in checkpoint.tensors.values()})
     found = [(file, file.stat()) for file in files]
-    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
+    return [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in found]
 
 
 def _check_routers(checkpoint: Checkpoint, found: Sorted) -> None:
@@ -192,23 +195,32 @@ def _check_room(work: _Work, journal: Journal) -> None:
         )
 
 
-def _write(work: _Work, journal: Journal, *, verify: bool) -> None:
+def _write(work: _Work, journal: Journal) -> None:
     """Writes what is not there yet."""
     index = index_of(work.shards) if len(work.shards) > 1 else None
     write_beside(work.source, journal.folder, texts=work.beside, index=index)
-    with Sources() as sources:
-        with _bar("pruning (MB)", work.shards) as done:
-            for shard in work.shards:
-                if journal.has(shard):
-                    done(sum(piece.n_bytes for piece in shard.pieces))
-                    continue
-                write_shard(shard, journal.scratch, sources, done)
-                journal.add(shard)
-        _check_unchanged(work)
-        if verify:
-            with _bar("verifying (MB)", work.shards) as done:
-                for shard in work.shards:
-                    compare(shard, journal.folder / shard.name, sources, done)
+    with Sources() as sources, _bar("pruning (MB)", work.shards) as done:
+        for shard in work.shards:
+            if journal.has(shard):
+                done(sum(piece.n_bytes for piece in shard.pieces))
+                continue
+            write_shard(shard, journal.scratch, sources, done)
+            journal.add(shard)
+    _check_unchanged(work)
+
+
+def _verify(work: _Work, journal: Journal) -> None:
+    """Compares all that was written with the model; files that differ are no longer done."""
+    folder, wrong = journal.written, []
+    with Sources() as sources, _bar("verifying (MB)", work.shards) as done:
+        for shard in work.shards:
+            try:
+                compare(shard, folder / shard.name, sources, done)
+            except DataError as cause:
+                journal.drop(shard)
+                wrong.append(cause)
+    if wrong:
+        raise wrong[0]
 
 
 @contextmanager

@@ -89,14 +89,17 @@ class Journal:
         return FileLock(self._place / "lock", timeout=0)
 
     def _prepare(self) -> None:
-        before = self._read().get("work")
+        self.scratch.unlink(missing_ok=True)  # it takes room and is written anew
+        noted = self._read()
+        before = noted.get("work")
         if before is not None and before != self.work and not self.overwrite:
             changed = [name for name, digest in self.work.items() if before.get(name) != digest]
             raise StaleInputError(
                 f"writing {self.target} was stopped half way, with another {', '.join(changed)}; "
                 "repeat it as it was to go on, or pass overwrite=True (--overwrite) to start over"
             )
-        if before != self.work:
+        # A killed run that was to overwrite goes on when repeated; asked for anew, all goes.
+        if before != self.work or (self.overwrite and not noted.get("overwrite")):
             if self.folder.exists():
                 shutil.rmtree(self.folder)
             self._note({})
@@ -108,6 +111,11 @@ class Journal:
         """Whether a run of this work was killed when all was in its place."""
         done = self._read().get("shards")
         return bool(done) and not self.folder.exists() and self.target.exists()
+
+    @property
+    def written(self) -> Path:
+        """Where the files are that are done."""
+        return self.target if self.finished() else self.folder
 
     @property
     def scratch(self) -> Path:
@@ -129,6 +137,15 @@ class Journal:
         self.scratch.replace(place)
         self._note(self._read().get("shards", {}) | {shard.name: _described(place)})
 
+    def drop(self, shard: Shard) -> None:
+        """Forgets a damaged file, which is written anew; one in its place needs `overwrite`."""
+        if self.finished():
+            self._note({})
+            return
+        (self.folder / shard.name).unlink(missing_ok=True)
+        shards = self._read().get("shards", {})
+        self._note({name: noted for name, noted in shards.items() if name != shard.name})
+
     def close(self) -> None:
         """Puts the checkpoint in its place, after which the work folder goes."""
         if self.folder.exists():
@@ -143,7 +160,7 @@ class Journal:
             return {}
 
     def _note(self, shards: dict[str, Any]) -> None:
-        value = {"work": self.work, "shards": shards}
+        value = {"work": self.work, "overwrite": self.overwrite, "shards": shards}
         write_json(self._place / _JOURNAL, value, overwrite=True)
 
 
