@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,17 @@ def undo(changes: Iterable[Change]) -> None:
     """Undoes changes, last first."""
     for change in reversed(list(changes)):
         change.undo()
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[list[Change]]:
+    """Collects changes, which are undone if the block ends with an error or is interrupted."""
+    changes: list[Change] = []
+    try:
+        yield changes
+    except BaseException:
+        undo(changes)
+        raise
 
 
 def router_rows(layer: MoeLayer) -> list[tuple[nn.Module, str, Tensor]]:

@@ -19,7 +19,7 @@ from moecollab.models.keep import Keep, check_cut, check_keep, check_untied, rea
 from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
-from moecollab.models.slicing import Change, slice_experts, slice_router, undo
+from moecollab.models.slicing import all_or_nothing, slice_experts, slice_router
 from moecollab.models.uneven import Arrangement, Uneven, arranged, bar, barred, check_padding
 from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base
 from moecollab.pruning.counts import count_field, count_names, further_counts, holder_of
@@ -176,18 +176,14 @@ def check_uniform(keep: Keep) -> None:
 
 def _cut(model: nn.Module, layers: list[MoeLayer], arrangement: Arrangement) -> None:
     """Cuts all layers and the configuration, or nothing."""
-    changes: list[Change] = []
     dummies = arrangement.dummies
-    try:
+    with all_or_nothing() as changes:
         for layer in layers:
             held = arrangement.held.keep[layer.layer]
             changes += slice_router(layer, held)
             changes += slice_experts(layer, held)
             if layer.layer in dummies:
                 changes.append(bar(layer, dummies[layer.layer]))
-    except BaseException:
-        undo(changes)
-        raise
     owner, name = count_field(model, layers[0])
     setattr(owner, name, arrangement.count)
     for entry, value in arrangement.config_entry().items():

@@ -20,7 +20,7 @@ from moecollab.models.keep import Keep, check_cut, check_keep, check_untied
 from moecollab.models.loading import ModelLike, load_model
 from moecollab.models.masked import PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
-from moecollab.models.slicing import Change, slice_experts, slice_router, undo
+from moecollab.models.slicing import Change, all_or_nothing, slice_experts, slice_router
 from moecollab.models.stacks import expert_stacks, replace_stacks
 from moecollab.progress import track
 from moecollab.pruning.counts import count_field
@@ -174,21 +174,16 @@ def _merge(
     source: Source,
 ) -> dict[str, Any]:
     """Merges all layers, or changes nothing; gives the note to write beside the model."""
-    changes: list[Change] = []
     groups: dict[int, list[Group]] = {}
     parts = [[layer] for layer in layers] if method.in_order else [layers]
     finder = _NeuronFinder()
-    try:
-        with track(f"merging by {method.name}", len(layers)) as bar:
-            for part in parts:
-                known = list(_decisions(part, wanted, method, source))
-                for layer, chosen, seen in known:
-                    groups[layer.layer] = chosen
-                    changes += _merge_layer(layer, chosen, method, finder.of(layer, seen, method))
-                    bar.advance()
-    except BaseException:
-        undo(changes)
-        raise
+    with all_or_nothing() as changes, track(f"merging by {method.name}", len(layers)) as bar:
+        for part in parts:
+            known = list(_decisions(part, wanted, method, source))
+            for layer, chosen, seen in known:
+                groups[layer.layer] = chosen
+                changes += _merge_layer(layer, chosen, method, finder.of(layer, seen, method))
+                bar.advance()
     owner, name = count_field(model, layers[0])
     setattr(owner, name, len(groups[layers[0].layer]))
     return _note(wanted.keep, groups, method)
@@ -212,16 +207,12 @@ def _merge_layer(
     """Merges the experts of one layer and cuts the others; undone if it fails."""
     kept = [group.centre for group in groups]
     merged = averaged(expert_stacks(layer), groups, aligned.neurons, aligned.match)
-    changes: list[Change] = []
-    try:
+    with all_or_nothing() as changes:
         if method.router == "mean":
             changes += average_rows(layer, groups)
         changes += slice_router(layer, kept)
         changes += slice_experts(layer, kept)
         changes += replace_stacks(layer, merged)
-    except BaseException:
-        undo(changes)
-        raise
     return changes
 
 

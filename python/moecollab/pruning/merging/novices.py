@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moecollab.errors import UnsupportedModelError
 from moecollab.models.routing import MoeLayer
-from moecollab.models.slicing import Change, undo
+from moecollab.models.slicing import all_or_nothing
 from moecollab.models.stacks import expert_stacks, replace_stacks
 from moecollab.pruning.merging.deciding import Wanted
 from moecollab.pruning.merging.evidence import Source
@@ -34,14 +34,10 @@ def with_novices(layers: Sequence[MoeLayer], wanted: Wanted, source: Source) -> 
     """
     for layer in layers:
         _bias(layer)
-    changes: list[Change] = []
-    try:
+    with all_or_nothing() as changes:
         for layer, means in _means(layers, source):
             gone = sorted(set(range(layer.n_experts)) - set(wanted.keep.keep[layer.layer]))
             changes += replace_stacks(layer, _constants(layer, gone, means))
-    except BaseException:
-        undo(changes)
-        raise
     return {"kind": KIND, "experts": wanted.keep.as_json()}
 
 
