@@ -14,7 +14,8 @@ def test_runs_killed_at_random_end_with_the_same_bytes(work, tmp_path, request):
     n_kills = 100 if request.config.getoption("--all-families", default=False) else 3
     script = Path(__file__).with_name("killing.py")
     command = [sys.executable, str(script), work, str(tmp_path), str(n_kills), "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    limit = 120 + 10 * n_kills
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] >= n_kills
