@@ -39,28 +39,33 @@ FITS = {
 app = typer.Typer(help=__doc__)
 
 
-def pieces(texts: list[str], n: int, size: int, rng: np.random.Generator) -> list[str]:
+def pieces(
+    texts: list[str], n: int, size: int, rng: np.random.Generator, draw: int = 0
+) -> list[str]:
     """Pieces of some documents, from places drawn at random, none from the same place."""
     places = [(i, at) for i, text in enumerate(texts) for at in range(0, len(text), size)]
-    chosen = rng.permutation(len(places))[: 4 * n]
+    chosen = rng.permutation(len(places))[4 * n * draw : 4 * n * (draw + 1)]
     cut = [texts[i][at : at + size] for i, at in (places[j] for j in chosen)]
     return [piece for piece in cut if len(piece.strip()) > size // 3][:n]
 
 
 def corpora(
-    text: TrainingText, only: str = ""
+    text: TrainingText, only: str = "", n_held_out: int = HELD_OUT_PIECES, draw: int = 0
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Calibration and held-out pieces of every domain, or of one, of which there are more."""
+    """Calibration and held-out pieces of every domain, or of one, of which there are more.
+
+    No piece of one draw is in another.
+    """
     times = ALONE if only else 1
     found: tuple[list[dict[str, str]], list[dict[str, str]]] = ([], [])
     for part, source, n, size in (
         (0, text.train, PIECES, PIECE),
-        (1, text.held_out, HELD_OUT_PIECES, HELD_OUT_PIECE),
+        (1, text.held_out, n_held_out, HELD_OUT_PIECE),
     ):
         rng = np.random.default_rng(part)
         for domain, texts in source.items():
             if only in ("", domain):
-                cut = pieces(texts, n * times, size, rng)
+                cut = pieces(texts, n * times, size, rng, draw)
                 found[part].extend({"text": piece, "domain": domain} for piece in cut)
     return found
 
@@ -138,10 +143,13 @@ def run(  # noqa: PLR0913 (one parameter per option)
     tokens: Annotated[int, typer.Option(help="Tokens on which criteria run the model")] = 8_192,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass")] = 32,
     domain: Annotated[str, typer.Option(help="Calibrate and judge on this one alone")] = "",
+    n_held_out: Annotated[int, typer.Option(help="Held-out pieces a domain")] = HELD_OUT_PIECES,
+    draw: Annotated[int, typer.Option(help="Another number, other pieces of text")] = 0,
+    questions: Annotated[int, typer.Option(help="Of each task")] = QUESTIONS,
 ) -> None:
     """Measures; a stopped run goes on."""
     variants()
-    calibration, held_out = corpora(read_training_text(data), domain)
+    calibration, held_out = corpora(read_training_text(data), domain, n_held_out, draw)
     work.mkdir(parents=True, exist_ok=True)
     folder = work / "tasks"
     asked = write_facts(data, folder) if tasks == "facts" else [t for t in tasks.split(",") if t]
@@ -159,7 +167,7 @@ def run(  # noqa: PLR0913 (one parameter per option)
             fits=FITS,
             tasks=asked,
             task_folder=folder if tasks == "facts" else None,
-            limit=QUESTIONS if asked else None,
+            limit=questions if asked else None,
             probe_tokens=tokens,
             batch_size=batch_size,
             dtype="float32",
