@@ -1,0 +1,1 @@
+"""Looking inside: which experts carry massive activations, attention sinks, knowledge."""
