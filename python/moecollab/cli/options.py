@@ -9,18 +9,6 @@ import typer
 
 from moecollab.errors import SettingsError, unknown_name
 
-EMBEDDED = "embedded"
-"""Name of the model that the package holds; a folder of this name is ./embedded."""
-
-
-def model_path(name: str | None) -> str | None:
-    """Where a model is: as given, or the embedded one's folder."""
-    if name != EMBEDDED:
-        return name
-    from moecollab.demo.demo import MODEL
-
-    return str(MODEL)
-
 
 def batch_size_of(asked: str | int) -> int | str:
     """A batch size as written: a number, or auto."""
@@ -34,9 +22,7 @@ def batch_size_of(asked: str | int) -> int | str:
 
 Model = Annotated[
     str,
-    typer.Argument(
-        help="Folder or hub name of a model, a masked model, or: embedded", callback=model_path
-    ),
+    typer.Argument(help="Folder or hub name of a model, a masked model, or: embedded"),
 ]
 Out = Annotated[Path, typer.Option(help="Where the result goes")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result")]

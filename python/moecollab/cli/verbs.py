@@ -32,7 +32,6 @@ from moecollab.cli.options import (
     Tokens,
     Weights,
     held,
-    model_path,
     numbers,
     sums,
 )
@@ -212,9 +211,7 @@ def score(  # noqa: PLR0913 (one parameter per option)
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Folder or hub name, for criteria that read or run it", callback=model_path
-        ),
+        typer.Option(help="Folder or hub name, for criteria that read or run it"),
     ] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Text for criteria that run the model")

@@ -15,6 +15,7 @@ from moecollab import criteria
 from moecollab.criteria.base import SUMMED, Criterion, Evidence, Needs, check_needs, needs_of
 from moecollab.criteria.probe import Shape, Text, check_same, read_probe
 from moecollab.criteria.scores import Scores
+from moecollab.embedded import located
 from moecollab.errors import SHARE, MissingInputError, SettingsError, ShapeError, StaleInputError
 from moecollab.manifest import refuse_existing
 from moecollab.record.activations import Activations
@@ -88,6 +89,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     acts = None if activations is None else open_recorded(activations)
+    model = located(model)
     given = _given(model, corpus, patterns=collaboration is not None)
     check_needs(chosen, given | answers(acts))
     weights = _weights(model) if acts is None or Needs.WEIGHTS in chosen.needs else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from moecollab.embedded import located
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import digest_bytes, refuse_existing
 from moecollab.models.allocation import give_back
@@ -108,6 +109,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         When a run into `out` was stopped that had another model, text or other settings, and
         `overwrite` is false.
     """
+    model = located(model)
     settings = Settings(
         tokens=tokens,
         norms=norms,
