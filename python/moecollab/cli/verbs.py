@@ -33,7 +33,6 @@ from moecollab.cli.options import (
     Weights,
     held,
     numbers,
-    sums,
 )
 from moecollab.cli.options import say as _say
 from moecollab.cli.reducing import merge, repair
@@ -88,7 +87,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             out=out,
             tokens=tokens,
             norms=norms,
-            collect=sums(collect),
+            collect=collect,
             context=context,
             batch_size=batch_size,
             seed=seed,

@@ -21,6 +21,7 @@ from moecollab.manifest import refuse_existing
 from moecollab.record.activations import Activations
 from moecollab.record.counts import RoutingCounts, open_recorded
 from moecollab.record.tallies import Tallies
+from moecollab.settings import names_in
 
 if TYPE_CHECKING:
     from moecollab.models.groups import RouterGroups
@@ -191,8 +192,7 @@ def _domains(
     """The domains that were asked for, if the criterion can be restricted to some."""
     if asked is None:
         return None
-    names = asked.split(",") if isinstance(asked, str) else asked
-    wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    wanted = list(dict.fromkeys(names_in("domains", asked)))
     if acts is None or not wanted:
         raise SettingsError("domains", asked, "some of those that were recorded")
     if criterion.needs & ~SUMMED:
