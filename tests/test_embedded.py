@@ -25,6 +25,7 @@ CALLS = {
     "prune": lambda model, out: mc.prune(model, mc.plan(SCORES, drop=0.5), out=out),
     "repair": lambda model, out: mc.repair(model, TEXTS, plan=mc.plan(SCORES, drop=0.5)),
     "score": lambda model, out: mc.score("aimer", model=model),
+    "super_experts": lambda model, out: mc.super_experts(model, TEXTS),
 }
 
 

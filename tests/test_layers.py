@@ -18,6 +18,7 @@ ORDER = [
     "criteria",
     "pruning",
     "evaluation",
+    "analysis",
     "reporting",
     "demo",
     "cli",

@@ -25,6 +25,7 @@ VERBS = (
     "repair",
     "evaluate",
     "compare",
+    "super_experts",
     "report",
 )
 NOT_ON_THE_COMMAND_LINE = {
@@ -34,6 +35,7 @@ NOT_ON_THE_COMMAND_LINE = {
     "iterate": {"hsdl", "tokenizer"},
     "mask": {"mode"},
     "mine": {"n_experts"},
+    "super_experts": {"tokenizer"},
     "report": {"activations", "collaboration", "scores", "plan", "evaluations"},
 }
 

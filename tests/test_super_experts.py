@@ -1,13 +1,17 @@
 """Super experts are found where they were planted, and nowhere else."""
 
+import json
+
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import models
+import moecollab as mc
 from expert_twin import one_expert
-from moecollab.analysis.ablation import ablate, without
+from moecollab.analysis.ablation import without
 from moecollab.analysis.profiling import SHARED, Profile, profile, shared_experts
 from moecollab.analysis.sinks import decay, sink_mass
 from moecollab.analysis.super_experts import (
@@ -17,10 +21,12 @@ from moecollab.analysis.super_experts import (
     super_experts,
     thresholds,
 )
+from moecollab.cli.main import app
 from moecollab.errors import DataError, MoeCollabError, SettingsError, UnsupportedModelError
 from moecollab.models.routing import find_moe_layers
 from moecollab.record.corpus import Document
 from moecollab.record.windows import Sample
+from scored import make_scores
 
 CONTEXT = 12
 
@@ -324,8 +330,7 @@ def test_a_result_survives_its_file(planted, texts, tmp_path):
 
 def test_taking_experts_away_is_measured_beside_draws(planted, texts):
     folder, expert = planted
-    found = super_experts(folder, texts, context=32)
-    done = ablate(folder, found, texts, seeds=2, write=4, context=32)
+    done = super_experts(folder, texts, context=32, held_out=texts, seeds=2, write=4)
     effects = done.effects
     assert effects["set"].to_list() == ["none", "super", *("random", "random, same layers") * 2]
     assert effects["added"][0] == 0.0
@@ -355,11 +360,10 @@ def test_taking_experts_away_is_measured_beside_draws(planted, texts):
     )
 
 
-def test_nothing_to_take_away_is_an_error(model_folder, texts):
-    found = super_experts(model_folder, texts, context=32)
-    assert found.found == []
-    with pytest.raises(SettingsError, match="nothing"):
-        ablate(model_folder, found, texts)
+def test_where_nothing_is_super_nothing_is_taken_away(model_folder, texts):
+    found = super_experts(model_folder, texts, context=32, held_out=texts)
+    assert found.found == found.outliers == []
+    assert found.effects is found.sinks is None
 
 
 @pytest.mark.parametrize(
@@ -379,3 +383,23 @@ def test_dense_models_and_nan_are_refused(tmp_path, texts, model, samples):
         model.model.embed_tokens.weight[:] = float("nan")
     with pytest.raises(MoeCollabError, match="finite"):
         seen(model, samples)
+
+
+def test_the_command_writes_what_plan_keeps(planted, texts, tmp_path, capsys):
+    folder, expert = planted
+    corpus = tmp_path / "texts.jsonl"
+    corpus.write_text("\n".join(json.dumps(text) for text in texts))
+    out = tmp_path / "run" / "super.json"
+    run = CliRunner().invoke(
+        app, ["super-experts", str(folder), str(corpus), "--out", str(out), "--context", "32"]
+    )
+    assert run.exit_code == 0, run.output
+    assert f"super: layer 1 expert {expert}, " in run.output
+    assert "Plotly" in out.with_suffix(".html").read_text()
+    worst = -np.ones((4, models.N_EXPERTS))
+    worst[1, expert] = -2.0  # dropped first, if it were not kept
+    scores = make_scores(worst, top_k=2)
+    assert expert not in mc.plan(scores, drop=0.25).keep[1]
+    assert expert in mc.plan(scores, drop=0.25, keep=out).keep[1]
+    with pytest.raises(DataError, match="neither a plan"):
+        mc.plan(scores, drop_list=out)

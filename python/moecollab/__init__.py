@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = metadata.version("moecollab")
 
 if TYPE_CHECKING:
+    from moecollab.analysis.super_experts import SuperExperts, load_super_experts, super_experts
     from moecollab.criteria.scores import Scores, load_scores
     from moecollab.criteria.scoring import score
     from moecollab.evaluation.comparing.comparison import Comparison, load_comparison
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from moecollab.record.imports.importing import import_routing
     from moecollab.reporting.comparison_page import comparison_page
     from moecollab.reporting.figures.comparisons import comparison_figure
+    from moecollab.reporting.figures.super_experts import super_experts_figure
     from moecollab.reporting.figures.sweeps import sweep_figure
     from moecollab.reporting.page import report
 
@@ -58,6 +60,7 @@ _HOME = {
     "Repair": "evaluation.repairing.repairing",
     "RoutingCounts": "record.counts",
     "Scores": "criteria.scores",
+    "SuperExperts": "analysis.super_experts",
     "compare": "evaluation.comparing.running",
     "comparison_page": "reporting.comparison_page",
     "comparison_figure": "reporting.figures.comparisons",
@@ -78,6 +81,7 @@ _HOME = {
     "load_mined": "patterns.mined",
     "load_model": "models.loading",
     "load_plan": "pruning.plans",
+    "load_super_experts": "analysis.super_experts",
     "load_ranking": "pruning.exporting",
     "load_scores": "criteria.scores",
     "mask": "models.masking",
@@ -91,6 +95,8 @@ _HOME = {
     "robustness": "patterns.stability",
     "score": "criteria.scoring",
     "stability": "patterns.stability",
+    "super_experts": "analysis.super_experts",
+    "super_experts_figure": "reporting.figures.super_experts",
     "sweep_figure": "reporting.figures.sweeps",
     "uncertainty": "pruning.resampling",
 }
@@ -106,6 +112,7 @@ __all__ = [
     "Repair",
     "RoutingCounts",
     "Scores",
+    "SuperExperts",
     "agreement",
     "amplify",
     "blend",
@@ -128,6 +135,7 @@ __all__ = [
     "load_plan",
     "load_ranking",
     "load_scores",
+    "load_super_experts",
     "mask",
     "match_atoms",
     "merge",
@@ -139,6 +147,8 @@ __all__ = [
     "robustness",
     "score",
     "stability",
+    "super_experts",
+    "super_experts_figure",
     "sweep_figure",
     "uncertainty",
 ]

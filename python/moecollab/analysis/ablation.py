@@ -13,15 +13,14 @@ import polars as pl
 from moecollab.analysis.profiling import SHARED, without_shared
 from moecollab.analysis.sinks import Mass, decay, sink_mass
 from moecollab.analysis.super_experts import SuperExperts
-from moecollab.errors import SettingsError
 from moecollab.evaluation.generation import OPENING, Prompts, continuations
 from moecollab.evaluation.intervals import paired_interval
-from moecollab.evaluation.perplexity import HeldOut, document_losses, window_of
+from moecollab.evaluation.perplexity import HeldOut, document_losses
 from moecollab.evaluation.repetition import ends_in_loop, repeated
-from moecollab.evaluation.subject import Subject, open_subject
+from moecollab.evaluation.subject import Subject
 from moecollab.models.gains import Gains
 from moecollab.progress import track
-from moecollab.record.corpus import Source, read_corpus
+from moecollab.record.corpus import Corpus
 
 Experts: TypeAlias = Sequence[tuple[int, int]]
 """(layer, expert); expert -1 is a layer's shared ones."""
@@ -46,7 +45,7 @@ class _Trial:
         """Losses by document, repetition of what is written, attention on the first token."""
         model = self.subject.model
         losses = document_losses(model, self.text, batch_size=self.batch_size)
-        return losses, self._repetition(), sink_mass(model, self.windows) if self.windows else {}
+        return losses, self._repetition(), sink_mass(model, self.windows)
 
     def _repetition(self) -> dict[str, float]:
         if self.prompts is None:
@@ -64,59 +63,50 @@ class _Trial:
         }
 
 
-def ablate(  # noqa: PLR0913 (the verb takes what the command takes)
-    model: Any,  # noqa: ANN401 (path, model or what is applied to one)
+def ablate(
+    subject: Subject,
     found: SuperExperts,
-    corpus: Source,
+    corpus: Corpus,
     *,
-    seeds: int = 5,
-    sinks: bool = True,
-    write: int = 64,
-    context: int = 512,
-    batch_size: int = 8,
-    dtype: str = "auto",
-    tokenizer: Any = None,  # noqa: ANN401
+    seeds: int,
+    write: int,
+    context: int,
+    batch_size: int,
 ) -> SuperExperts:
     """Takes super experts away, together and one by one, and others at random beside them.
 
     What is taken away puts out zeros and the router stays as it is, as in the paper. Each draw of
     the controls takes as many routed experts as there are routed super ones, none of which is
-    super: of the whole model, or of the layers of the super ones.
+    super: of the whole model, or of the layers of the super ones. Nothing is measured where there
+    are neither super experts nor outliers.
 
     Parameters
     ----------
-    model : Module, path or hub name
+    subject : Subject
         The model that `found` is about.
     found : SuperExperts
-        With at least one super expert or outlier.
-    corpus : path, dataset or iterable
+        What was found.
+    corpus : Corpus
         Held-out text.
     seeds : int
         Draws of each control.
-    sinks : bool
-        Whether attention on the first token is measured too.
     write : int
         Tokens that are written after each of eight beginnings, to see repetition; none if 0.
+    context, batch_size : int
+        Tokens of a window, and windows of a batch.
 
     Returns
     -------
     SuperExperts
         `found` with `effects`, one row for each set of experts (set, seed, experts, nll: nats a
         token, added with low and high over documents, repeated: 3-grams that come again, loops:
-        share of texts that end in a loop), and `sinks`, the decay by set and layer.
-
-    Raises
-    ------
-    SettingsError
-        When there is nothing to take away.
+        share of texts that end in a loop), and `sinks`, the decay by set and layer; no sinks where
+        the model returns no attention weights.
     """
     sets = list(_sets(found, seeds))
     if not sets:
-        raise SettingsError(
-            "found", found, "a result with something to take away; this has nothing"
-        )
-    subject = open_subject(model, tokenizer, dtype)
-    trial = _trial(subject, corpus, sinks=sinks, write=write, context=context, size=batch_size)
+        return found
+    trial = _trial(subject, corpus, write=write, context=context, size=batch_size)
     whole = trial.measure()
     effects, gone = [_effect("none", 0, (), whole, whole)], []
     with track("taking experts away", len(sets)) as bar:
@@ -124,25 +114,20 @@ def ablate(  # noqa: PLR0913 (the verb takes what the command takes)
             with without(subject.model, experts):
                 measured = trial.measure()
             effects.append(_effect(name, seed, experts, measured, whole))
-            if trial.windows:
-                table = decay(whole[2], measured[2])
-                gone.append(
-                    table.select(pl.lit(name).alias("set"), pl.lit(seed).alias("seed"), "*")
-                )
+            table = decay(whole[2], measured[2])
+            gone.append(table.select(pl.lit(name).alias("set"), pl.lit(seed).alias("seed"), "*"))
             bar.advance(1)
-    return replace(found, effects=pl.DataFrame(effects), sinks=pl.concat(gone) if gone else None)
+    sinks = pl.concat(gone)
+    return replace(found, effects=pl.DataFrame(effects), sinks=sinks if sinks.height else None)
 
 
-def _trial(
-    subject: Subject, corpus: Source, *, sinks: bool, write: int, context: int, size: int
-) -> _Trial:
-    text = read_corpus(corpus)
-    held = HeldOut.read(subject.tokenizer, text, window_of(subject.model.config, context))
+def _trial(subject: Subject, corpus: Corpus, *, write: int, context: int, size: int) -> _Trial:
+    held = HeldOut.read(subject.tokenizer, corpus, context)
     prompts = None
     if write:
-        prompts = Prompts.read(subject.tokenizer, text, limit=PROMPTS, opening=OPENING)
+        prompts = Prompts.read(subject.tokenizer, corpus, limit=PROMPTS, opening=OPENING)
     longest = sorted(held.windows, key=lambda one: -len(one.ids))[:SINK_WINDOWS]
-    windows = [one.ids[:SINK_TOKENS] for one in longest] if sinks else []
+    windows = [one.ids[:SINK_TOKENS] for one in longest]
     return _Trial(subject, held, prompts, write, windows, size)
 
 

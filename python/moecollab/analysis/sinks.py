@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moecollab.errors import DataError, UnsupportedModelError
+from moecollab.errors import DataError
 from moecollab.models.streamed import decoder_layers
 from moecollab.progress import track
 
@@ -40,8 +40,6 @@ def sink_mass(model: Any, windows: Sequence[Sequence[int]]) -> Mass:  # noqa: AN
 
     Raises
     ------
-    UnsupportedModelError
-        When no layer returns attention weights.
     DataError
         When no window has two tokens.
     """
@@ -59,10 +57,6 @@ def sink_mass(model: Any, windows: Sequence[Sequence[int]]) -> Mass:  # noqa: AN
                 bar.advance(1)
     finally:
         model.train(training)
-    if not heard.sums:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} returns no attention weights; its sinks cannot be measured"
-        )
     return {layer: total / len(windows) for layer, total in sorted(heard.sums.items())}
 
 

@@ -13,7 +13,9 @@ import polars as pl
 from numpy.typing import NDArray
 
 from moecollab.analysis.profiling import SHARED, Profile, profile
+from moecollab.embedded import located
 from moecollab.errors import DataError, SchemaError, SettingsError
+from moecollab.evaluation.perplexity import window_of
 from moecollab.evaluation.subject import Subject, open_subject
 from moecollab.manifest import read_json, refuse_existing, versions, write_json
 from moecollab.record.corpus import Source, read_corpus
@@ -128,6 +130,24 @@ class SuperExperts:
                 kept.setdefault(layer, []).append(expert)
         return kept
 
+    def lines(self) -> list[str]:
+        """What was found, a line for each expert and for each set that was taken away."""
+        rows = self.experts.filter(pl.col("kind") != "").iter_rows(named=True)
+        said = [
+            f"{row['kind']}: {_name(row['layer'], row['expert'])}, largest output "
+            f"{row['value']:.4g} in channel {row['channel']} at position {row['position']}"
+            for row in rows
+        ]
+        if not self.layers:
+            said.append("no hidden state is massive, so no expert can be super")
+        if self.effects is None:
+            return said
+        by_set = self.effects.group_by("set", maintain_order=True).agg(pl.col("added").mean())
+        return (
+            said
+            + [f"loss added without {one}: {added:.4f}" for one, added in by_set.iter_rows()][1:]
+        )
+
     def _named(self, kind: str) -> list[tuple[int, int]]:
         rows = self.experts.filter(pl.col("kind") == kind)
         return list(rows.select("layer", "expert").iter_rows())
@@ -162,7 +182,15 @@ def super_experts(  # noqa: PLR0913 (the verb takes what the command takes)
     model: Any,  # noqa: ANN401 (path, model or what is applied to one)
     corpus: Source,
     *,
-    rules: Rules | None = None,
+    layers: Rule = "massive",
+    percentile: float | None = None,
+    ratio: float = RATIO,
+    among: Among = "layers",
+    reduction: Reduction = "all",
+    shared: bool = True,
+    held_out: Source | None = None,
+    seeds: int = 5,
+    write: int = 64,
     tokens: int | None = 65_536,
     context: int = 512,
     batch_size: int = 8,
@@ -172,7 +200,7 @@ def super_experts(  # noqa: PLR0913 (the verb takes what the command takes)
     out: str | PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> SuperExperts:
-    """Finds the experts whose outputs are far larger than all others'.
+    """Finds the experts whose outputs are far larger than all others', and what they are for.
 
     Parameters
     ----------
@@ -180,8 +208,16 @@ def super_experts(  # noqa: PLR0913 (the verb takes what the command takes)
         The model; a loaded one needs `tokenizer`.
     corpus : path, dataset or iterable
         Any text: super experts are said not to depend on it.
-    rules : Rules, optional
-        How they are told from others.
+    layers, percentile, ratio, among, reduction
+        How super experts are told from others; see :class:`Rules`.
+    shared : bool
+        Whether shared experts are counted and may be super.
+    held_out : path, dataset or iterable, optional
+        Text to measure on what is lost when they are taken away, together and one by one, beside
+        as many others drawn at random; see :func:`moecollab.analysis.ablation.ablate`.
+    seeds, write : int
+        Draws of each control, and tokens that are written after each of eight beginnings to see
+        repetition, for that.
     tokens : int, optional
         Most tokens to read; all if None.
     context, batch_size, seed, dtype, tokenizer
@@ -198,27 +234,38 @@ def super_experts(  # noqa: PLR0913 (the verb takes what the command takes)
     -----
     Su et al., "Unveiling Super Experts in Mixture-of-Experts Large Language Models",
     arXiv:2507.23279, equation 6. Differs: the largest output is over all tokens and not the first
-    row (`reduction`), what is shared is told apart, and layers that carry massive activations can
-    be found from hidden states, where the published code has a rule of depth only.
+    row (`reduction`), what is shared is told apart, and layers that carry massive activations are
+    found from hidden states, where the published code has a rule of depth only.
     """
-    rules = rules or Rules()
+    from moecollab.analysis.ablation import ablate
+
+    rules = Rules(layers, percentile, ratio, among, reduction, shared)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
-    text = read_corpus(corpus)
-    subject = open_subject(model, tokenizer, dtype)
+    text, judge = read_corpus(corpus), None if held_out is None else read_corpus(held_out)
+    subject = open_subject(located(model), tokenizer, dtype)
 
     def tokenize(one: str) -> NDArray[np.uint32]:
         return np.asarray(subject.tokenizer(one, verbose=False)["input_ids"], np.uint32)
 
     samples = select_samples(text, tokenize, limit=tokens, seed=seed)
-    seen = profile(subject.model, samples, context=context, batch_size=batch_size)
-    found = select(seen, rules, about=_about(subject, seen, text.digest))
-    tokens_of = found.experts.select("token_id", "tokens").iter_rows()
-    spelled = [subject.tokenizer.decode([one]) if n else "" for one, n in tokens_of]
-    found = replace(found, experts=found.experts.with_columns(pl.Series("token", spelled)))
+    window = window_of(subject.model.config, context)
+    seen = profile(subject.model, samples, context=window, batch_size=batch_size)
+    found = _spelled(select(seen, rules, about=_about(subject, seen, text.digest)), subject)
+    if judge is not None:
+        found = ablate(
+            subject, found, judge, seeds=seeds, write=write, context=window, batch_size=batch_size
+        )
     if out is not None:
         found.save(out, overwrite=overwrite)
     return found
+
+
+def _spelled(found: SuperExperts, subject: Subject) -> SuperExperts:
+    """With the text of the tokens that have the largest entries."""
+    tokens = found.experts.select("token_id", "tokens").iter_rows()
+    spelled = [subject.tokenizer.decode([one]) if n else "" for one, n in tokens]
+    return replace(found, experts=found.experts.with_columns(pl.Series("token", spelled)))
 
 
 def _about(subject: Subject, seen: Profile, text: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from moecollab.cli.cutting import mask, prune
 from moecollab.cli.deciding import agreement, blend, export, plan, uncertainty
 from moecollab.cli.evaluating import evaluate
 from moecollab.cli.imports import import_
+from moecollab.cli.looking import super_experts
 from moecollab.cli.options import (
     Batch,
     Context,
@@ -303,6 +304,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     repair,
     evaluate,
     compare,
+    super_experts,
     report,
     demo,
     criteria,
@@ -312,4 +314,4 @@ VERBS: tuple[Callable[..., None], ...] = (
 
 def command_name(verb: Callable[..., None]) -> str:
     """What a verb is called on the command line, where Python's own words are free."""
-    return verb.__name__.removesuffix("_")
+    return verb.__name__.removesuffix("_").replace("_", "-")
