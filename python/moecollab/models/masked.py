@@ -62,7 +62,8 @@ class Mask(Applied):
     def __repr__(self) -> str:
         counts = sorted({len(kept) for kept in self.keep.keep.values()})
         kept = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        return f"Mask({kept} of {self.keep.n_experts} experts, {self._where})"
+        most = "" if self.keep.experts_per_layer is None else "up to "
+        return f"Mask({kept} of {most}{self.keep.n_experts} experts, {self._where})"
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -143,7 +143,12 @@ def _padded(keep: Keep, layers: list[MoeLayer]) -> Keep:
             free = [expert for expert in range(first, first + size) if expert not in kept]
             kept.update(free[: widest // n_groups - (size - len(free))])
         held[layer.layer] = tuple(sorted(kept))
-    return Keep(held, keep.n_experts, keep.top_k, keep.settings)
+        if len(kept) < widest:
+            raise PlanError(
+                f"layer {layer.layer} cannot be padded to {widest} experts, as it has "
+                f"{layer.n_experts}; pass uneven='equalise' or 'native'"
+            )
+    return replace(keep, keep=held)
 
 
 def bar(layer: MoeLayer, places: list[int]) -> Change:

@@ -160,7 +160,7 @@ def _front_matter(card: Path) -> list[str]:
 def _head(why: About, arrangement: Arrangement) -> list[str]:
     fields, name = {line.partition(":")[0] for line in why.front}, why.base
     unknown = [] if "license" in fields else ["# license: that of the base model; state it here"]
-    n_experts, counts = arrangement.keep.n_experts, _spread(arrangement.keep.keep.values())
+    n_experts, counts = (_spread(held) for held in _counts(arrangement.keep))
     return [
         "---",
         *why.front,
@@ -183,18 +183,24 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _spread(kept: Iterable[Sequence[int]]) -> str:
-    counts = sorted({len(one) for one in kept})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+def _spread(counts: Iterable[int]) -> str:
+    """Numbers of experts by layer, in words."""
+    found = sorted(set(counts))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _counts(keep: Keep) -> tuple[list[int], list[int]]:
+    """Experts of every layer before and after."""
+    return list(keep.counts.values()), [len(kept) for kept in keep.keep.values()]
 
 
 def _sizes(arrangement: Arrangement, before: Size, after: Size) -> list[str]:
     keep = arrangement.keep
-    left = sum(len(kept) for kept in keep.keep.values())
+    old, new = _counts(keep)
     rows = [
         ("MoE layers", len(keep.keep), len(keep.keep)),
-        ("routed experts", len(keep.keep) * keep.n_experts, left),
-        ("experts a layer", keep.n_experts, _spread(keep.keep.values())),
+        ("routed experts", sum(old), sum(new)),
+        ("experts a layer", _spread(old), _spread(new)),
         ("experts a token", keep.top_k, keep.top_k),
         ("numbers stored", f"{before.parameters:,}", f"{after.parameters:,}"),
         ("bytes of weights", f"{before.n_bytes:,}", f"{after.n_bytes:,}"),
@@ -231,7 +237,7 @@ def _layers(arrangement: Arrangement) -> list[str]:
     lines.append("| --: | --: | --: | --: |")
     for layer, kept in keep.keep.items():
         lines.append(
-            f"| {layer} | {keep.n_experts} | {len(kept)} | {len(dummies.get(layer, []))} |"
+            f"| {layer} | {keep.counts[layer]} | {len(kept)} | {len(dummies.get(layer, []))} |"
         )
     return lines
 

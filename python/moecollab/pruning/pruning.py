@@ -20,9 +20,22 @@ from moecollab.models.loading import ModelLike, load_model, quiet
 from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import all_or_nothing, slice_experts, slice_router
-from moecollab.models.uneven import Arrangement, Uneven, arranged, bar, barred, check_padding
+from moecollab.models.uneven import (
+    Arrangement,
+    Uneven,
+    arranged,
+    bar,
+    barred,
+    check_padding,
+)
 from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base
-from moecollab.pruning.counts import count_field, count_names, further_counts, holder_of
+from moecollab.pruning.counts import (
+    count_field,
+    count_names,
+    further_counts,
+    holder_of,
+    set_count,
+)
 from moecollab.pruning.plans import Plan, load_plan
 from moecollab.pruning.streaming.folder import Writing, prune_folder
 from moecollab.pruning.streaming.journal import begun
@@ -184,10 +197,7 @@ def _cut(model: nn.Module, layers: list[MoeLayer], arrangement: Arrangement) -> 
             changes += slice_experts(layer, held)
             if layer.layer in dummies:
                 changes.append(bar(layer, dummies[layer.layer]))
-    owner, name = count_field(model, layers[0])
-    setattr(owner, name, arrangement.count)
-    for entry, value in arrangement.config_entry().items():
-        setattr(vars(model)["config"], entry, value)
+    set_count(model, layers[0], arrangement.count, arrangement.config_entry())
 
 
 def _save(model: Any, folder: Path, size: int) -> None:  # noqa: ANN401

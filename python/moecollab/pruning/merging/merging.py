@@ -23,7 +23,7 @@ from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, all_or_nothing, slice_experts, slice_router
 from moecollab.models.stacks import expert_stacks, replace_stacks
 from moecollab.progress import track
-from moecollab.pruning.counts import count_field
+from moecollab.pruning.counts import set_count
 from moecollab.pruning.merging.averaging import Group, Match, average_rows, averaged
 from moecollab.pruning.merging.deciding import GroupsLike, Wanted, decided, read_wanted
 from moecollab.pruning.merging.evidence import Source
@@ -184,8 +184,7 @@ def _merge(
                 groups[layer.layer] = chosen
                 changes += _merge_layer(layer, chosen, method, finder.of(layer, seen, method))
                 bar.advance()
-    owner, name = count_field(model, layers[0])
-    setattr(owner, name, len(groups[layers[0].layer]))
+    set_count(model, layers[0], len(groups[layers[0].layer]))
     return _note(wanted.keep, groups, method)
 
 
@@ -252,7 +251,8 @@ class _NeuronFinder:
 def _keep_of(keep: Keep, groups: Mapping[int, Sequence[Group]]) -> Keep:
     """The experts that give the groups their places, as what is kept."""
     kept = {layer: tuple(one.centre for one in found) for layer, found in groups.items()}
-    return replace(keep, keep=kept)
+    counts = keep.experts_per_layer and tuple(keep.counts[layer] for layer in kept)
+    return replace(keep, keep=kept, experts_per_layer=counts)
 
 
 def _note(keep: Keep, groups: Mapping[int, Sequence[Group]], method: Method) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _plan_work(source: Path, keep: Keep, how: Writing) -> _Work:
     found = sort_tensors(model, checkpoint, keep)
     _check_routers(checkpoint, found)
     config = source.joinpath(CONFIG).read_text("utf-8")
-    if any(len(kept) < keep.n_experts for kept in keep.keep.values()):
+    if keep.cuts:
         config = smaller_config(source / CONFIG, model, arrangement, without_mtp=found.without_mtp)
     if found.without_mtp:
         progress.say("layers that predict further tokens (MTP) are left out: no plan knows them")
