@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 
-from moecollab.errors import DataError
-from moecollab.manifest import check_manifest, read_json, versions
+from moecollab.manifest import versions
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.keep import Keep
-from moecollab.models.masked import kept_of
+from moecollab.models.loading import ModelLike
 from moecollab.models.uneven import Arrangement
+from moecollab.pruning.costs import Row, cost_lines, read_costs
 from moecollab.pruning.plans import Plan
 
 CARD = "README.md"
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_VALUES = ("value", "stderr")
 _LEGAL = ("licen", "notice", "use_policy", "copying")
-
-Row: TypeAlias = tuple[str, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -87,25 +83,29 @@ class About:
 
 
 def about(
-    base: str, keep: Keep, plan: Plan | None, evaluations: Sequence[Any] | None = None
+    model: ModelLike, keep: Keep, plan: Plan | None, evaluations: Sequence[Any] | None = None
 ) -> About:
-    """What is known of a model, by its path or name, of a plan, and of what it costs.
+    """What is known of a model, of a plan, and of what it costs.
 
     Raises
     ------
     DataError
-        When an evaluation is missing or not whole, or of another plan.
+        When an evaluation is missing or not whole, or of another model or plan.
     SchemaError
         When a file is no evaluation.
     """
+    base = origin_of(model)
     source = Path(base)
     name = _folder_name(source.resolve()) if source.is_dir() else base
-    front = tuple(_front_matter(source / CARD))
-    read = [_evaluation(one) for one in evaluations or ()]
-    for found in read:
-        _check_plan(found, keep, source)
-    rows = [row for found in read for row in _rows_of(found)]
-    return About(name, front, plan, tuple(rows))
+    costs = read_costs(evaluations or (), model, keep)
+    return About(name, tuple(_front_matter(source / CARD)), plan, costs)
+
+
+def origin_of(model: ModelLike) -> str:
+    """Path or hub name that a model came from, or its class if it came from nowhere."""
+    if isinstance(model, nn.Module):
+        return str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return str(model)
 
 
 def _folder_name(folder: Path) -> str:
@@ -121,7 +121,7 @@ def card(why: About, arrangement: Arrangement, before: Size, after: Size) -> str
         *_sizes(arrangement, before, after),
         *_reasons(why.plan, arrangement),
         *_layers(arrangement),
-        *_costs(why.costs),
+        *cost_lines(why.costs),
         *_loading(arrangement),
     ]
     return "\n".join(parts) + "\n"
@@ -240,61 +240,6 @@ def _layers(arrangement: Arrangement) -> list[str]:
             f"| {layer} | {keep.counts[layer]} | {len(kept)} | {len(dummies.get(layer, []))} |"
         )
     return lines
-
-
-def _costs(rows: Sequence[Row]) -> list[str]:
-    lines = ["", "## What it costs", ""]
-    if not rows:
-        return [
-            *lines,
-            "Not measured yet. On text and tasks of your own, here and on the base:",
-            "",
-            "```",
-            "moecollab evaluate MODEL --corpus held_out.jsonl --tasks arc_easy --out pruned.json",
-            "```",
-        ]
-    lines += ["| model | measure | value | standard error | n |", "| --- | --- | --: | --: | --: |"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _evaluation(given: Any) -> Mapping[str, Any]:  # noqa: ANN401 (an Evaluation or its file)
-    """An evaluation as plain data."""
-    if not isinstance(given, str | PathLike):
-        found: Mapping[str, Any] = given.as_json()
-        return found
-    read = read_json(Path(given))
-    check_manifest(read, "evaluation", 1, Path(given))
-    return read
-
-
-def _check_plan(found: Mapping[str, Any], keep: Keep, base: Path) -> None:
-    """Refuses what was measured neither on the model that is cut nor under this plan."""
-    tried = found.get("plan")
-    fitting = [one.as_json()["keep"] for one in (keep, kept_of(base)) if one is not None]
-    known = isinstance(tried, Mapping) and tried.get("keep") in fitting and "mode" not in tried
-    if tried is not None and not known:
-        raise DataError(
-            f"evaluation {found.get('name')!r} is of another plan than the one that is cut; "
-            "evaluate the whole model, or this plan under a mask"
-        )
-
-
-def _rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
-    """Model, measure, value, standard error and size of every measure."""
-    try:
-        documents = found["documents"]
-        name = " ".join(str(found["name"]).split()).replace("|", "\\|")
-        if documents is not None:
-            tokens = sum(documents["tokens"])
-            loss = math.fsum(documents["nll"]) / tokens
-            yield name, "loss, nats a token", f"{loss:.4f}", "", f"{tokens:,} tokens"
-        for task in found["tasks"]:
-            value, error = ("" if task[key] is None else f"{task[key]:.4g}" for key in _VALUES)
-            yield name, f"{task['task']} {task['metric']}", value, error, f"{task['n']:,} questions"
-    except (LookupError, TypeError, ZeroDivisionError) as cause:
-        raise DataError(
-            f"evaluation {found.get('name')!r} is not whole ({cause!r}); evaluate again"
-        ) from cause
 
 
 def _loading(arrangement: Arrangement) -> list[str]:

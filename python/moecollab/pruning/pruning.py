@@ -28,7 +28,7 @@ from moecollab.models.uneven import (
     barred,
     check_padding,
 )
-from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base
+from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base, origin_of
 from moecollab.pruning.counts import (
     count_field,
     count_names,
@@ -116,7 +116,7 @@ def prune(
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
     made = decided if isinstance(decided, Plan) else None
-    why = about(_origin(model), keep, made, evaluations)
+    why = about(model, keep, made, evaluations)
     how = Writing(shard_size=size, verify=verify, overwrite=overwrite, uneven=uneven, about=why)
     if source is not None and out is not None:
         return prune_folder(source, keep, Path(out), how)
@@ -126,13 +126,6 @@ def prune(
 def _folder(model: ModelLike) -> Path | None:
     """The folder that a model is in, if it is given as one."""
     return None if isinstance(model, nn.Module) or not Path(model).is_dir() else Path(model)
-
-
-def _origin(model: ModelLike) -> str:
-    """Path or hub name that a model came from, or its class if it came from nowhere."""
-    if isinstance(model, nn.Module):
-        return str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return str(model)
 
 
 def _prune_loaded(
@@ -172,7 +165,7 @@ def written(
     """
     with new_folder(out, overwrite=how.overwrite) as folder, quiet():
         _save(loaded, folder, how.shard_size)
-        _save_beside(tokenizer, Path(_origin(source)), folder)
+        _save_beside(tokenizer, Path(origin_of(source)), folder)
         write_json(folder / MASK_FILE, note)
         yield folder
 
