@@ -250,7 +250,7 @@ def test_what_uneven_layers_refuse(tmp_path):
         protected.equalised()
     with pytest.raises(PlanError, match="experts_per_layer has 3 numbers for 2 layers"):
         Keep({0: (0, 1), 1: (0, 1)}, 8, 2, experts_per_layer=(8, 7, 6))
-    with pytest.raises(SchemaError, match="experts_per_layer that is not of integers"):
+    with pytest.raises(SchemaError, match="experts_per_layer that do not fit it"):
         keep_from_json({**FIRST.as_json(), "experts_per_layer": [8]}, "plan.json")
     value = json.loads(json.dumps(plan(scores, drop=0.2).as_json())) | {"experts_per_layer": [9, 3]}
     (tmp_path / "plan.json").write_text(json.dumps(value))

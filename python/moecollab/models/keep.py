@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moecollab.errors import PlanError, SchemaError, UnsupportedModelError
 from moecollab.manifest import read_json
 from moecollab.models.groups import router_groups
+from moecollab.models.padding import barred
 from moecollab.models.routing import MoeLayer
 from moecollab.models.slicing import router_rows
 
@@ -115,7 +116,8 @@ def keep_from_json(value: Mapping[str, object], where: str) -> Keep:
         counts = counts_from_json(value.get("experts_per_layer"), len(found))
     except (TypeError, ValueError) as cause:
         raise SchemaError(
-            f"{where} has a keep list or experts_per_layer that is not of integers; make it again"
+            f"{where} has a keep list that is not of integers, or experts_per_layer that do not "
+            "fit it; make it again"
         ) from cause
     settings = value.get("settings")
     made = settings if isinstance(settings, Mapping) else {}
@@ -132,17 +134,37 @@ def counts_from_json(value: Any, n_layers: int) -> tuple[int, ...] | None:  # no
     return found
 
 
-def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:
+def check_keep(
+    keep: Keep,
+    layers: Sequence[MoeLayer],
+    padding: Mapping[int, Sequence[int]] | None = None,
+) -> None:
     """Raises unless the plan fits the model and its router can work with what is left.
+
+    Parameters
+    ----------
+    keep : Keep
+        The plan.
+    layers : sequence of MoeLayer
+        Those of the model that are looked at.
+    padding : mapping of int to sequence of int, optional
+        Experts by layer that only fill it up; read from the routers' biases if None, which takes
+        loaded weights.
 
     Raises
     ------
     PlanError
-        When layers or counts differ, a layer keeps fewer than ``top_k`` experts, or the groups of
-        a group-limited router keep unequal numbers.
+        When layers or counts differ, a layer keeps padding or fewer than ``top_k`` experts, or the
+        groups of a group-limited router keep unequal numbers.
     UnsupportedModelError
         When experts of the family cannot be cut.
     """
+    check_routers(keep, layers)
+    _check_padding(keep, barred(layers) if padding is None else padding)
+
+
+def check_routers(keep: Keep, layers: Sequence[MoeLayer]) -> None:
+    """The same, whatever the experts that stay are."""
     if layers[0].layout.fixed:
         layout = layers[0].layout
         raise UnsupportedModelError(
@@ -164,6 +186,17 @@ def check_fits(keep: Keep, layers: Sequence[MoeLayer]) -> None:
         )
     for layer in layers:
         _check_ids(keep, layer)
+
+
+def _check_padding(keep: Keep, padding: Mapping[int, Sequence[int]]) -> None:
+    """Raises PlanError where padding stays, which routers choose when too few others are left."""
+    for layer, ids in padding.items():
+        kept = sorted(set(ids) & set(keep.keep.get(layer, ())))
+        if kept:
+            raise PlanError(
+                f"layer {layer} would keep experts {kept}, which are padding that no token can "
+                "choose; drop them, or take the model that was padded instead"
+            )
 
 
 def check_cut(layers: Sequence[MoeLayer]) -> None:

@@ -8,7 +8,7 @@ other loaders fail for the shapes of the weights, and the numbers of all layers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -20,6 +20,7 @@ from torch import nn
 from moecollab.errors import DataError, PlanError, SettingsError, UnsupportedModelError
 from moecollab.models.groups import router_groups
 from moecollab.models.keep import Keep
+from moecollab.models.padding import BIASES, NEVER
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import (
     Change,
@@ -34,10 +35,6 @@ Uneven: TypeAlias = Literal["equalise", "pad", "native"]
 ENTRY, COUNTS = "moecollab", "experts_per_layer"
 """Where a configuration says the numbers of native layers."""
 
-NEVER = -30_000.0
-"""Bias of an expert that is not to be chosen: finite in float16, and far below any score."""
-
-_BIASES = ("bias", "e_score_correction_bias", "expert_bias")
 _LEAKS = ("ernie4_5_moe", "ernie4_5_vl_moe", "longcat_flash", "zaya")
 """Families that choose by a softmax over all experts plus a bias: the padding has a part of it."""
 
@@ -159,31 +156,9 @@ def bar(layer: MoeLayer, places: list[int]) -> Change:
     return replace_tensor(owner, name, barred)
 
 
-def barred(layers: list[MoeLayer]) -> dict[int, tuple[int, ...]]:
-    """Experts by layer that the biases of a loaded model keep from being chosen."""
-    found = {}
-    for layer in layers:
-        for _, name, value in router_rows(layer):
-            if name in _BIASES and not value.is_meta:
-                low = value.detach().flatten() < NEVER / 2  # types may round it
-                found[layer.layer] = tuple(low.nonzero().flatten().tolist())
-    return found
-
-
-def check_padding(keep: Keep, padding: Mapping[int, Sequence[int]]) -> None:
-    """Raises PlanError where padding stays, which routers choose when too few others are left."""
-    for layer, ids in padding.items():
-        kept = sorted(set(ids) & set(keep.keep.get(layer, ())))
-        if kept:
-            raise PlanError(
-                f"layer {layer} would keep experts {kept}, which are padding that no token can "
-                "choose; drop them, or prune the model that was padded instead"
-            )
-
-
 def _choice_bias(layer: MoeLayer) -> tuple[nn.Module, str, torch.Tensor]:
     """The bias that can bar an expert exactly: one that shifts no other expert's weight."""
-    found = [row for row in router_rows(layer) if row[1] in _BIASES]
+    found = [row for row in router_rows(layer) if row[1] in BIASES]
     family = layer.layout.family
     if not found or family in _LEAKS:
         why = "chooses by a softmax over all experts" if found else "has no bias to choose by"

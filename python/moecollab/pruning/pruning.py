@@ -25,8 +25,6 @@ from moecollab.models.uneven import (
     Uneven,
     arranged,
     bar,
-    barred,
-    check_padding,
 )
 from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base, origin_of
 from moecollab.pruning.counts import (
@@ -137,7 +135,6 @@ def _prune_loaded(
     check_keep(keep, layers)
     check_cut(layers)
     check_untied(loaded, layers)
-    check_padding(keep, barred(layers))
     arrangement = arranged(keep, how.uneven, layers)
     before = Size.of_model(loaded)
     _cut(loaded, layers, arrangement)

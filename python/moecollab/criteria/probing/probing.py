@@ -19,7 +19,7 @@ from moecollab.errors import (
     UnsupportedModelError,
 )
 from moecollab.models.groups import router_groups
-from moecollab.models.keep import Keep, check_keep
+from moecollab.models.keep import Keep, check_routers
 from moecollab.models.masked import layer_barred, layer_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 
@@ -67,7 +67,7 @@ def check_masks(layers: Sequence[MoeLayer], n_dropped: Sequence[int]) -> None:
         with hidden(layers[0], left[0]):  # raises if the router has no bias to choose by
             return
     kept = {layer.layer: ids for layer, ids in zip(layers, left, strict=True)}
-    check_keep(Keep(kept, max(counts), layers[0].top_k, experts_per_layer=counts), layers)
+    check_routers(Keep(kept, max(counts), layers[0].top_k, experts_per_layer=counts), layers)
 
 
 @contextmanager

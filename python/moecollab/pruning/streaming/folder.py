@@ -21,7 +21,7 @@ from moecollab.models.keep import Keep, check_cut, check_keep
 from moecollab.models.loading import check_tensor, explained, open_config, skeleton
 from moecollab.models.masked import MASK_FILE, PRUNED, padding_of
 from moecollab.models.routing import find_moe_layers
-from moecollab.models.uneven import Uneven, arranged, check_padding
+from moecollab.models.uneven import Uneven, arranged
 from moecollab.pruning.card import CARD, About, Size, card
 from moecollab.pruning.streaming.config import smaller_config
 from moecollab.pruning.streaming.copying import Sources, compare, write_shard
@@ -141,9 +141,8 @@ def _plan_work(source: Path, keep: Keep, how: Writing) -> _Work:
     """Decides what is written, from headers and configuration alone."""
     model = skeleton(open_config(str(source), moe=True))
     layers = find_moe_layers(model)
-    check_keep(keep, layers)
+    check_keep(keep, layers, padding_of(source))
     check_cut(layers)
-    check_padding(keep, padding_of(source))
     arrangement = arranged(keep, how.uneven, layers)
     with explained(str(source)):
         checkpoint = Checkpoint.open(str(source))
