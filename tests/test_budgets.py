@@ -268,8 +268,11 @@ def test_memory_that_is_too_small_says_what_is_possible():
         plan(scores, memory_gb=3.0, model=Footprint(expert=(1e9,), rest=0.0))
 
 
-@pytest.mark.parametrize(("memory", "per_layer", "of_model"), [(99, 2, 2), (7, 2, 2), (4, 3, 5)])
-def test_memory_is_a_limit_and_a_drop_list_goes_whatever_fits(memory, per_layer, of_model):
+@pytest.mark.parametrize(
+    ("memory", "of_layers", "of_model"),
+    [(99, [0, 2], 2), (7, [0, 2], 2), (6.9, [1, 2], 3), (4, [3, 3], 5)],
+)
+def test_memory_is_a_limit_and_a_drop_list_goes_whatever_fits(memory, of_layers, of_model):
     """Eight experts of 1 GB each; the drop-list takes two of one layer."""
     asked = {
         "memory_gb": float(memory),
@@ -278,10 +281,40 @@ def test_memory_is_a_limit_and_a_drop_list_goes_whatever_fits(memory, per_layer,
     }
     scores = make_scores([[1, 2, 3, 4], [5, 6, 7, 8]])
     even, free = plan(scores, **asked), plan(scores, per="model", **asked)
-    assert counts(even) == [4 - per_layer, 4 - per_layer]
+    assert counts(even) == [4 - n for n in of_layers]
     assert free.n_dropped == of_model
     assert {2, 3} <= set(even.dropped[1])
     assert {2, 3} <= set(free.dropped[1])
+
+
+def test_a_list_of_one_layer_leaves_what_is_kept_in_another():
+    """It was an error that told to lower a drop that nobody had given."""
+    asked = {"model": Footprint(expert=(1e9, 1e9), rest=1e9), "keep": {0: [0, 1, 2]}}
+    scores = make_scores([[1, 2, 3, 4], [5, 6, 7, 8]])
+    made = plan(scores, memory_gb=99.0, drop_list={1: [2, 3]}, **asked)
+    assert made.dropped == {0: (), 1: (2, 3)}
+    assert plan(scores, memory_gb=6.0, drop_list={1: [2, 3]}, **asked).dropped[0] == (3,)
+    with pytest.raises(PlanError, match="raise memory_gb from 5 to 6 or more"):
+        plan(scores, memory_gb=5.0, drop_list={1: [2, 3]}, **asked)
+
+
+def brute_force(scores, size, memory, listed):
+    """The first number of experts that, or the list, leaves what fits: one after the other."""
+    for n in range(scores.n_experts - scores.top_k + 1):
+        gone = [max(n, len(listed.get(layer, ()))) for layer in scores.layers]
+        if size.rest + np.dot(size.expert, scores.n_experts - np.array(gone)) <= memory * 1e9:
+            return gone
+    return None
+
+
+def test_layers_of_other_sizes_and_lists_fit_as_by_trying():
+    rng = np.random.default_rng(0)
+    scores, size = make_scores(rng.random((3, 8)), 2), Footprint((3e8, 1e8, 2e8), 5e8)
+    listed = {0: [1], 2: [0, 3, 5, 6]}
+    for memory in np.linspace(1.8, 5.3, 30):
+        wanted = brute_force(scores, size, memory, listed)
+        made = plan(scores, memory_gb=float(memory), model=size, drop_list=listed)
+        assert counts(made) == [8 - n for n in wanted]
 
 
 def test_numbers_of_numpy_are_planned_and_written(tmp_path):

@@ -220,7 +220,20 @@ def test_text_that_calibrates_may_not_judge(folder, tmp_path):
         ({"drops": (0.0,)}, "drops is 0.0; it must be a share between 0 and 1"),
         ({"drops": (0.25, 25.0)}, "drops is 25.0; it must be a share .* for 25 % write 0.25"),
         ({"per": ("group",)}, "layer, model"),
+        ({"criteria": 5}, "criteria is 5; it must be a sequence of names, or one text"),
+        ({"criteria": ("reap", 5)}, "criteria is .*; it must be a sequence of names"),
+        ({"per": 0.5}, "per is 0.5; it must be a sequence of names"),
+        ({"drops": "0.25,0.5"}, "drops is '0.25,0.5'; it must be a share between 0 and 1"),
+        ({"drops": ("0.25",)}, "drops is '0.25'; it must be a share"),
+        ({"drops": None}, "drops is None; it must be a share .* or several"),
+        ({"fits": {"a": 5}}, "fits is {'a': 5}; it must be an HSDL, or several by name"),
+        ({"fits": 5}, "fits is 5; it must be an HSDL"),
         ({"seeds": 0}, "at least 1"),
+        ({"seeds": "5"}, "seeds is '5'; it must be a whole number of at least 1"),
+        ({"seeds": 2.5}, "seeds is 2.5; it must be a whole number"),
+        ({"share": "0.5"}, "share is '0.5'; it must be a share"),
+        ({"batch_size": "8"}, "batch_size is '8'; it must be a whole number"),
+        ({"tasks": 5}, "tasks is 5; it must be a sequence of names"),
         ({"share": 1.5}, "a share between 0 and 1; .* or 1 for all documents"),
         ({"probe_tokens": 0}, "at least 1"),
         ({"context": 1}, "at least 2"),
@@ -230,6 +243,12 @@ def test_bad_settings_are_refused_at_once(folder, tmp_path, changed, message):
     with pytest.raises(SettingsError, match=message):
         run(folder, tmp_path / "out", **changed)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_text_or_number_stands_for_a_list():
+    found = Grid(criteria="reap, random", drops=0.25, per="layer,model")
+    assert found == Grid(criteria=("reap", "random"), drops=(0.25,), per=("layer", "model"))
+    assert Grid(criteria=["reap"], drops=[np.float32(0.5)], per=["layer"]).drops == (0.5,)
 
 
 def test_a_loaded_model_is_left_as_it_was(tokenizer, tmp_path):
@@ -261,6 +280,7 @@ def test_tasks_are_answered_by_every_cut(folder, tmp_path):
         task_folder=tmp_path / "tasks",
     )
     assert found.measures == ["loss", "five acc", "five acc_norm"]
+    assert found.about["measured"]["task_folder"] == str(tmp_path / "tasks")
     row = found.standings("five acc").row(0, named=True)
     cuts = found.values.filter(pl.col("cut") != "full", measure="five acc")
     full = found.values.filter(cut="full", measure="five acc")["value"].mean()

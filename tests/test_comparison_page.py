@@ -2,13 +2,18 @@
 
 import json
 import re
+import shlex
 
 import polars as pl
 import pytest
+import typer
 
 import moecollab as mc
+from moecollab.cli.comparing import _shares
+from moecollab.cli.main import app
 from moecollab.errors import OutputExistsError
 from moecollab.evaluation.comparing.comparison import CELLS, VALUES
+from moecollab.evaluation.comparing.grid import Grid
 from moecollab.reporting.comparison_page import _command, render
 
 SHARES = (0.25, 0.5)
@@ -39,6 +44,7 @@ ABOUT = {
             "top_k": 2,
         },
         "dtype": "float32",
+        "task_folder": "my tasks",
         "fit": "b",
         "calibration": {"documents": [6, 6], "tokens": [70, 71], "domains": 2, "alike": []},
     },
@@ -129,9 +135,40 @@ def test_the_command_repeats_it():
     assert said == (
         "moecollab compare 'models/my olmoe' CALIBRATION --held-out HELD_OUT "
         "--criteria 'reap,<b>odd</b>,random' --drops 0.25,0.5 --per layer,model --tasks five "
-        "--task-folder TASKS --seeds 2 --share 0.5 --limit 4 --probe-tokens 8192 --context 512 "
-        "--batch-size 8 --dtype float32 --fits fits.yaml --out run/comparison"
+        "--task-folder 'my tasks' --seeds 2 --share 0.5 --limit 4 --probe-tokens 8192 "
+        "--context 512 --batch-size 8 --dtype float32 --fits fits.yaml --out run/comparison"
     )
+
+
+def parsed(about):
+    """What the command line would hand on to ``compare``, and its settings as a manifest's."""
+    words = shlex.split(_command(about).replace("\\\n", " "))
+    got = typer.main.get_command(app).commands["compare"].make_context("compare", words[2:]).params
+    got["model"], got["tasks"] = str(got["model"]), list(got["tasks"] or ())
+    got["task_folder"] = got["task_folder"] and str(got["task_folder"])
+    grid = Grid(
+        criteria=got["criteria"],
+        drops=_shares(got["drops"]),
+        per=got["per"],
+        seeds=got["seeds"],
+        share=got["share"],
+    )
+    return got, grid.as_json()
+
+
+@pytest.mark.parametrize("folder", [None, "my tasks"])
+def test_the_command_line_reads_the_same_settings(folder):
+    odd = {"criteria": ["reap", "random"], "drops": [1 / 3, 0.25, 1e-05], "share": 2 / 3}
+    odd |= {"probe_tokens": 2_000_000, "limit": None if folder else 1_234_567, "fits": {}}
+    settings = ABOUT["settings"] | odd
+    measured = ABOUT["measured"] | {"task_folder": folder}
+    got, grid = parsed(ABOUT | {"settings": settings, "measured": measured})
+    plain = ("tasks", "limit", "context", "batch_size", "probe_tokens")
+    assert {name: settings[name] for name in plain} == {name: got[name] for name in plain}
+    tried = ("criteria", "drops", "per", "seeds", "share")
+    assert {name: settings[name] for name in tried} == {name: grid[name] for name in tried}
+    assert (got["model"], got["dtype"]) == ("models/my olmoe", "float32")
+    assert got["task_folder"] == folder
 
 
 def test_fits_stand_in_the_order_in_which_they_are_read(page):

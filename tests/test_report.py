@@ -13,10 +13,12 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file
 
+from moecollab.criteria.scores import load_scores
 from moecollab.errors import DataError, MissingInputError, OutputExistsError, StaleInputError
 from moecollab.evaluation.differences import differences
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
 from moecollab.evaluation.repetition import ends_in_loop, longest_loop
+from moecollab.pruning.planning import plan
 from moecollab.pruning.plans import load_plan
 from moecollab.pruning.rankings import agreement
 from moecollab.reporting import numbers
@@ -24,9 +26,11 @@ from moecollab.reporting.costs import costs_of
 from moecollab.reporting.expert_use import ExpertUse
 from moecollab.reporting.findings import cost_findings
 from moecollab.reporting.history import fit_history
+from moecollab.reporting.material import gather
 from moecollab.reporting.numbers import Ledger
 from moecollab.reporting.page import report
 from moecollab.reporting.pattern_cards import best_window
+from moecollab.reporting.provenance import commands
 from report_run import (
     CRITERIA,
     DOMAINS,
@@ -296,10 +300,16 @@ def test_the_map_of_agreement_is_that_of_the_scores(run, html):
 def test_the_commands_resample_again(html):
     """The plan knows how sure it is, so its scores were resampled."""
     command = "uncertainty run/activations --criterion caep --collaboration run/collaboration"
-    drawn = r"--resamples \d+ --confidence 0\.95 --seed \d+"
+    drawn = r"--folds \d+ --resamples \d+ --confidence 0\.95 --seed \d+"
     assert re.search(
         rf"moecollab {command} --drop 0\.25 --per layer {drawn} --out run/scores\.parquet", html
     )
+
+
+def test_the_commands_repeat_the_very_numbers(run):
+    made = plan(load_scores(run / "scores" / "random-25.parquet"), drop=1 / 3)
+    said = "".join(commands(gather(None, plan=made)))
+    assert said.count(f"--drop {1 / 3} ") == 2
 
 
 def test_scores_without_a_spread_or_company_have_no_such_figures(run, tmp_path):

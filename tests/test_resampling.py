@@ -142,6 +142,23 @@ def test_recorded_folds_answer_all_sums(criterion, folded):
     assert np.array_equal(again.spread.low, found.spread.low)
 
 
+@pytest.mark.parametrize("folds", [None, 2, 3])
+def test_folds_that_are_asked_for_are_drawn(folds, folded):
+    """Routing counts are in the tables too, so any number of folds can be made of them."""
+    found = uncertainty("frequency", folded, drop=0.5, resamples=10, folds=folds)
+    assert found.spread.settings["folds"] == [folds or 2]
+
+
+def test_folds_that_a_recording_cannot_have_are_refused(folded, acts):
+    with pytest.raises(SettingsError, match=r"folds is 3; it must be 2, with which .* was made"):
+        uncertainty("easy_ep", folded, drop=0.5, resamples=10, folds=3)
+    most = acts.n_samples
+    with pytest.raises(SettingsError, match=rf"folds is {most + 1}; it must be at most {most}, "):
+        uncertainty("frequency", acts, drop=0.5, resamples=10, folds=most + 1)
+    one = uncertainty("easy_ep", folded, drop=0.5, resamples=10, folds=2)
+    assert one.spread.settings["folds"] == [2]
+
+
 def test_folds_that_cannot_be(model_folder, texts, tmp_path):
     with pytest.raises(SettingsError, match="folds is 1; it must be 2 or more, or 0"):
         extract(model_folder, texts, out=tmp_path / "acts", folds=1)
@@ -303,7 +320,11 @@ def test_file_round_trip(acts, tmp_path):
         ("reap", {}, MissingInputError, "is not said; give drop .* experts or mass"),
         ("reap", {"drop": 0.5, "folds": 1}, SettingsError, "folds is 1"),
         ("reap", {"drop": 0.5, "resamples": 1}, SettingsError, "resamples is 1"),
+        ("reap", {"drop": 0.5, "resamples": 2.5}, SettingsError, "resamples is 2.5; it must be a"),
+        ("reap", {"drop": 0.5, "folds": "8"}, SettingsError, "folds is '8'; it must be a whole"),
+        ("reap", {"drop": 0.5, "seed": "0"}, SettingsError, "seed is '0'; it must be a whole"),
         ("reap", {"drop": 0.5, "confidence": 1.0}, SettingsError, "confidence is 1.0"),
+        ("reap", {"drop": 0.5, "confidence": "1"}, SettingsError, "confidence is '1'"),
     ],
 )
 def test_what_cannot_be_resampled(acts, criterion, asked, error, message):

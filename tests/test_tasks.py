@@ -3,6 +3,8 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -211,6 +213,17 @@ def test_batches_hold_every_row_once_in_order():
     assert all(len(batch) * len(batch[0]) <= max(256, len(batch[0])) for batch in found)
 
 
+def test_a_folder_is_kept_only_if_a_task_lies_in_it(task_folder):
+    """The command that repeats a comparison names it then."""
+    places = {"five": task_folder / "five.yaml", "arc_easy": Path("lm_eval/arc_easy.yaml")}
+    index = {name: SimpleNamespace(yaml_path=path) for name, path in places.items()}
+    manager = SimpleNamespace(task_index=index | {"made": SimpleNamespace(yaml_path=None)})
+    assert door._folder(manager, ["five", "arc_easy"], task_folder) == str(task_folder)
+    assert door._folder(manager, ["arc_easy"], task_folder) is None
+    assert door._folder(manager, ["five"], None) is None
+    assert door._folder(manager, ["made"], task_folder) == str(task_folder)  # nobody knows
+
+
 def test_nothing_of_lm_eval_is_shown(folder, task_folder, capfd, caplog):
     """Its bars and its warnings come with every cut; neither tqdm nor its logger stays changed."""
     import logging
@@ -218,7 +231,7 @@ def test_nothing_of_lm_eval_is_shown(folder, task_folder, capfd, caplog):
     from tqdm.std import tqdm
 
     before = tqdm.__init__, logging.getLogger("lm_eval").level
-    evaluate(folder, tasks=["five"], task_folder=task_folder, limit=2)
+    evaluate(folder, tasks="five", task_folder=task_folder, limit=2)
     assert (tqdm.__init__, logging.getLogger("lm_eval").level) == before
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

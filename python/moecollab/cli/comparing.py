@@ -63,9 +63,9 @@ def compare(  # noqa: PLR0913 (one parameter per option)
             corpus,
             held_out,
             out=out,
-            criteria=None if criteria is None else _names(criteria),
+            criteria=criteria,
             drops=_shares(drops),
-            per=_names(per),  # type: ignore[arg-type]
+            per=per,
             seeds=seeds,
             share=share,
             fits=None if fits is None else _fits(fits),
@@ -85,10 +85,6 @@ def compare(  # noqa: PLR0913 (one parameter per option)
             typer.echo(note)
     typer.echo(f"{out}: {found!r}")
     typer.echo(f"page: {page}")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _shares(text: str) -> list[float]:

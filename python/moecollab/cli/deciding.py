@@ -134,7 +134,10 @@ def uncertainty(  # noqa: PLR0913 (one parameter per option)
     mass: Mass = None,
     per: PerScores = "layer",
     floor: Floor = 0,
-    folds: Annotated[int, typer.Option(help="Parts of the documents that are drawn")] = 64,
+    folds: Annotated[
+        int | None,
+        typer.Option(help="Parts of the documents that are drawn; the recording's own, or 64"),
+    ] = None,
     resamples: Annotated[int, typer.Option(help="Draws")] = 200,
     confidence: Annotated[float, typer.Option(help="Part of the draws in an interval")] = 0.95,
     seed: Seed = 0,

@@ -15,6 +15,7 @@ from moecollab.errors import DataError, MissingInputError
 from moecollab.evaluation.intervals import Interval, ratio_interval
 from moecollab.evaluation.tasks import TaskResult
 from moecollab.manifest import check_manifest, manifest, read_json, refuse_existing, write_json
+from moecollab.settings import names_in
 
 if TYPE_CHECKING:
     from moecollab.evaluation.batching import BatchSize
@@ -177,7 +178,7 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     *,
     tokenizer: Any = None,  # noqa: ANN401 (any tokenizer)
     corpus: Source | None = None,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     task_folder: str | PathLike[str] | None = None,
     limit: int | None = None,
     samples: str | PathLike[str] | None = None,
@@ -204,8 +205,8 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
         The model's own; only needed for a loaded model that does not come from a folder.
     corpus : path or documents, optional
         Text to measure the loss on, as for ``extract``; not the text the plan was made from.
-    tasks : sequence of str
-        Names of lm-eval tasks or groups.
+    tasks : str or sequence of str
+        Names of lm-eval tasks or groups, such as "arc_easy,piqa".
     task_folder : path, optional
         Folder of YAML tasks of your own, in lm-eval's format.
     limit : int, optional
@@ -247,12 +248,13 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     from moecollab.evaluation.stages import Stages
     from moecollab.evaluation.subject import digest_tokenizer, open_subject
 
+    exams = names_in("tasks", tasks)
     check_settings(
         limit=limit, batch_size=batch_size, context=context, seed=seed, generate=generate
     )
     log = check_asked(
         corpus=corpus,
-        tasks=tasks,
+        tasks=exams,
         prompts=prompts,
         generate=generate,
         speed=speed,
@@ -262,11 +264,11 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     file = None if out is None else Path(out)
     if file is not None:
         refuse_existing(file, overwrite=overwrite)
-    material = Material.read(corpus, prompts, tasks, task_folder, limit=limit, seed=seed)
+    material = Material.read(corpus, prompts, exams, task_folder, limit=limit, seed=seed)
     subject = open_subject(model, tokenizer, dtype)
     window = window_of(subject.model.config, context)
     settings: dict[str, object] = {
-        "tasks": list(tasks),
+        "tasks": exams,
         "limit": limit,
         "batch_size": batch_size,
         "context": window,

@@ -84,11 +84,14 @@ class Questions:
         What each task asks, few-shot examples and all.
     limit : int or None
         Questions of each task.
+    folder : str or None
+        The `task_folder`, if not all tasks are lm-eval's own.
     """
 
     loaded: Any
     built: Mapping[str, Sequence[Any]]
     limit: int | None
+    folder: str | None = None
 
     @property
     def digest(self) -> str:
@@ -142,7 +145,8 @@ def load_tasks(
     from moecollab.evaluation.answering import hushed
 
     with hushed(), track("reading tasks", len(tasks)):
-        loaded = _load(tasks, task_folder)
+        manager = _manager(tasks, task_folder)
+        loaded = _load(manager, tasks)
         built = {}
         try:
             for name, task in loaded["tasks"].items():
@@ -153,12 +157,25 @@ def load_tasks(
                 built[name] = tuple(task.instances)
         except Exception as cause:
             raise _failure(tasks, cause) from cause
-    return Questions(loaded, built, limit)
+    return Questions(loaded, built, limit, _folder(manager, tasks, task_folder))
 
 
-def _load(tasks: Sequence[str], task_folder: str | PathLike[str] | None) -> Any:  # noqa: ANN401
+def _folder(
+    manager: Any,  # noqa: ANN401 (lm-eval's own)
+    tasks: Sequence[str],
+    task_folder: str | PathLike[str] | None,
+) -> str | None:
+    """The folder of tasks, unless all that are asked for lie elsewhere, among lm-eval's own."""
+    if task_folder is None:
+        return None
+    files = [manager.task_index[name].yaml_path for name in tasks]
+    inside = Path(task_folder).resolve()
+    apart = all(file is not None and inside not in Path(file).resolve().parents for file in files)
+    return None if apart else str(task_folder)
+
+
+def _load(manager: Any, tasks: Sequence[str]) -> Any:  # noqa: ANN401 (lm-eval's own)
     """lm-eval's own dictionary of tasks and groups, with their data."""
-    manager = _manager(tasks, task_folder)
     unknown = [name for name in tasks if name not in manager.task_index]
     if unknown:
         near = get_close_matches(unknown[0], manager.all_tasks, n=3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from moecollab.patterns.together import fit_together
 from moecollab.progress import track
 from moecollab.record.activations import Activations, Grain, Weights
 from moecollab.record.rows import Matrix, Rows
+from moecollab.settings import check_whole, is_real, is_whole
 
 if TYPE_CHECKING:
     import polars as pl
@@ -149,12 +149,12 @@ class HSDL(Estimator):
                 raise SettingsError(name, getattr(self, name), f"one of {', '.join(kinds)}")
         if not isinstance(self.copies, bool):
             raise SettingsError("copies", self.copies, "True or False")
-        _check_whole("max_iterations", self.max_iterations, 1)
-        _check_whole("seed", self.seed, 0)
-        _check_whole("n_init", self.n_init, 1)
-        _check_whole("rows_in_memory", self.rows_in_memory, 1)
+        check_whole("max_iterations", self.max_iterations, 1)
+        check_whole("seed", self.seed, 0)
+        check_whole("n_init", self.n_init, 1)
+        check_whole("rows_in_memory", self.rows_in_memory, 1)
         if self.threads is not None:
-            _check_whole("threads", self.threads, 1)
+            check_whole("threads", self.threads, 1)
 
     def fit(
         self,
@@ -310,23 +310,13 @@ def _check_atoms(atoms: object) -> None:
     if not isinstance(atoms, tuple) or not atoms:
         raise SettingsError("atoms", atoms, allowed)
     for count in atoms:
-        if not _is_whole(count) or not 1 <= count < 2**32 - 1:
+        if not is_whole(count) or not 1 <= count < 2**32 - 1:
             raise SettingsError("atoms", atoms, allowed)
 
 
 def _check_real(name: str, value: object, least: float, allowed: str) -> None:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not least <= float(str(value)) < math.inf:
+    if not is_real(value) or not least <= float(str(value)) < math.inf:
         raise SettingsError(name, value, allowed)
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not _is_whole(value) or not least <= int(str(value)) < 2**63:
-        raise SettingsError(name, value, f"a whole number of at least {least}")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _warning(collab: Collaboration, tolerance: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
@@ -25,6 +24,7 @@ from moecollab.patterns.mined import (
 from moecollab.progress import track
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.rows import Rows
+from moecollab.settings import check_whole, is_real, is_whole
 
 if TYPE_CHECKING:
     from moecollab._core import MinedSets, MiningSettings
@@ -244,8 +244,7 @@ def _histogram(n_sets: NDArray[Any]) -> pl.DataFrame:
 def _check_settings(size: object, min_support: object, top: object, by: object) -> None:
     if not is_whole(size) or not 2 <= int(str(size)) <= MOST_MEMBERS:
         raise SettingsError("size", size, f"a whole number in 2 to {MOST_MEMBERS}")
-    real = isinstance(min_support, numbers.Real) and not isinstance(min_support, bool)
-    if not real or not 0 < float(str(min_support)) <= 1:
+    if not is_real(min_support) or not 0 < float(str(min_support)) <= 1:
         raise SettingsError("min_support", min_support, "a share of the tokens in (0, 1]")
     if top is not None and (not is_whole(top) or not 1 <= int(str(top)) < 2**31):
         raise SettingsError("top", top, "a whole number of at least 1")
@@ -257,13 +256,8 @@ def _check_more(null: object, n_experts: object, threads: object) -> None:
     if null not in get_args(Null):
         raise SettingsError("null", null, " or ".join(map(repr, get_args(Null))))
     for name, value in (("n_experts", n_experts), ("threads", threads)):
-        if value is not None and (not is_whole(value) or int(str(value)) < 1):
-            raise SettingsError(name, value, "a whole number of at least 1")
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value is a whole number (and no truth value)."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if value is not None:
+            check_whole(name, value, 1)
 
 
 def _check_source(source: Source, size: int, null: Null) -> None:

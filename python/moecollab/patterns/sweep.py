@@ -16,6 +16,7 @@ from moecollab.patterns.transform import absolute_error
 from moecollab.progress import track
 from moecollab.record.activations import Activations
 from moecollab.record.rows import Rows
+from moecollab.settings import check_whole, is_real
 
 if TYPE_CHECKING:
     import polars as pl
@@ -38,9 +39,8 @@ def run_sweep(
     """A line per setting and seed; see :meth:`moecollab.HSDL.sweep`."""
     import polars as pl
 
-    if seeds < 1:
-        raise SettingsError("seeds", seeds, "at least 1")
-    if not 0 < held_out < 1:
+    check_whole("seeds", seeds, 1)
+    if not is_real(held_out) or not 0 < held_out < 1:
         raise SettingsError("held_out", held_out, "above 0 and below 1")
     rows = acts if isinstance(acts, Rows) else acts.rows(hsdl.rows, hsdl.weights)
     fitted, kept = _split(rows, held_out, hsdl.seed)

@@ -64,6 +64,8 @@ class Allocation:
             return self._of_sequence(self._sequence())
         if self.budget.amount == "mass":
             return self._by_share()
+        if self.budget.amount == "memory_gb":
+            return self._by_size()
         n = self._n_rounds()
         room = self.units.may - n
         if room.min() < 0:
@@ -90,14 +92,22 @@ class Allocation:
     def _n_rounds(self) -> NDArray[np.int64]:
         """Units that go from every layer: of equal layers as many, of others the same share."""
         budget, units = self.budget, self.units
-        if budget.drop is not None:
-            return np.array([_rounded(budget.drop, int(n)) for n in units.size], dtype=np.int64)
         if budget.experts is not None:
             gone = [self._n_dropped(budget.experts, n) for n in self.scores.counts_of_experts]
             return np.array(gone, dtype=np.int64) // units.n_groups
-        sizes = np.full(units.n_units, sum(self._bytes().expert) * units.n_groups)
-        n = self._n_freed(sizes[: max(0, int(units.may.min()))])
-        return np.full(units.n_layers, n, dtype=np.int64)
+        share = budget.drop or 0.0
+        return np.array([_rounded(share, int(n)) for n in units.size], dtype=np.int64)
+
+    def _by_size(self) -> NDArray[np.int64]:
+        """Units that each layer gives up to fit: all alike, or what the drop-list takes of it.
+
+        Memory is a limit and no aim: no layer drops more because the list takes more of another.
+        """
+        each = np.arange(max(0, int(self.units.may.min())) + 1)
+        n_gone = np.maximum(each[:, None], self.units.must)
+        freed = n_gone @ np.asarray(self._bytes().expert) * self.units.n_groups
+        found: NDArray[np.int64] = n_gone[self._first_that_fits(freed)]
+        return found
 
     def _by_share(self) -> NDArray[np.int64]:
         """Units that each layer can give up and still hold its share of the scores."""
@@ -138,7 +148,9 @@ class Allocation:
             along = values[sequence, _occurrences(sequence)]
             fixed = values.sum() - along.sum()
             return len(sequence) - _least_kept(along, self._mass(), fixed)
-        return self._n_freed(np.asarray(self._bytes().expert)[sequence] * units.n_groups)
+        sizes = np.asarray(self._bytes().expert)[sequence] * units.n_groups
+        freed = np.concatenate(([0.0], np.cumsum(sizes)))
+        return max(self._first_that_fits(freed), int(units.must.sum()))
 
     def _n_dropped(self, experts: int, n: int) -> int:
         """Experts to drop of `n`, so that so many stay."""
@@ -150,25 +162,19 @@ class Allocation:
             )
         return n - experts
 
-    def _n_freed(self, sizes: NDArray[np.float64]) -> int:
-        """Steps after which what is left fits into memory; each frees so many bytes.
-
-        Memory is a limit and no aim: where the drop-list takes more, more goes.
-        """
+    def _first_that_fits(self, freed: NDArray[np.float64]) -> int:
+        """The first of some ascending numbers of bytes after which what is left fits."""
         footprint = self._bytes()
         layers = zip(footprint.expert, self.scores.counts_of_experts, strict=True)
         total = footprint.rest + sum(expert * count for expert, count in layers)
-        excess = total - (self.budget.memory_gb or 0.0) * GB
-        freed = np.cumsum(sizes)
-        n = int(np.searchsorted(freed, excess)) + 1 if excess > 0 else 0
-        if n > len(sizes):
-            least = total - (freed[-1] if len(freed) else 0.0)
+        n = int(np.searchsorted(freed, total - (self.budget.memory_gb or 0.0) * GB))
+        if n == len(freed):
+            least = total - freed[-1]
             raise PlanError(
                 f"the smallest checkpoint that can be left has {least / GB:.4g} GB; raise memory_gb"
                 f" from {self.budget.memory_gb:g} to {math.ceil(least / GB * 1e4) / 1e4:g} or more"
             )
-        needed = self.units.must
-        return max(n, int(needed.max() if self.budget.per == "layer" else needed.sum()))
+        return n
 
     # What else the budget needs.
 

@@ -21,6 +21,8 @@ from moecollab.record.tallies import Tallies
 
 READ = Needs.TOKENS | Needs.PREFERENCES | Needs.COLLABORATION
 """Needs of a recording's rows, beside sums; its criteria score each recording by itself."""
+FOLDS = 64
+"""Folds of a recording that was made without, if there are as many documents."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -130,10 +132,13 @@ def sources_of(
     criterion: Criterion,
     recordings: Sequence[Activations],
     patterns: Sequence[Collaboration | None],
-    folds: int,
+    folds: int | None,
     seed: int,
 ) -> list[Source]:
-    """The recordings in folds, with sums of what the criterion reads."""
+    """The recordings in so many folds, or in their own, with sums of what the criterion reads.
+
+    The arguments are those of :func:`moecollab.uncertainty`, read and checked.
+    """
     each = {id(acts): acts for acts in recordings}  # one may be there with several patterns
     cut = {key: _cut(criterion, acts, folds, seed) for key, acts in each.items()}
     held = {key: Documents(acts) for key, acts in each.items()}
@@ -149,16 +154,17 @@ def sources_of(
 
 
 def _cut(
-    criterion: Criterion, acts: Activations, folds: int, seed: int
+    criterion: Criterion, acts: Activations, folds: int | None, seed: int
 ) -> tuple[NDArray[np.int64], Tallies]:
     """Fold of each document, and sums by fold, by domain as well where they are read so."""
     by_domain = Needs.DOMAINS in criterion.needs
     stored = acts.fold_tallies(by_domain=by_domain)
-    if stored is not None and (not by_domain or by_cell(stored)):
-        n_folds = len({cell_parts(name)[0] for name in stored.domains})
+    usable = stored is not None and (not by_domain or by_cell(stored))
+    if stored is not None and usable and folds in (None, count_folds(stored)):
         # As `extract` made them: by the seed of the recording.
-        return folds_of(acts.n_samples, n_folds, seed=acts.manifest["settings"]["seed"]), stored
-    fold = folds_of(acts.n_samples, min(folds, acts.n_samples), seed=seed)
+        made_by = acts.manifest["settings"]["seed"]
+        return folds_of(acts.n_samples, count_folds(stored), seed=made_by), stored
+    fold = folds_of(acts.n_samples, min(folds or FOLDS, acts.n_samples), seed=seed)
     names = acts.samples()["domain"].to_list() if by_domain else [""] * acts.n_samples
     cells = [cell_name(one, name) for one, name in zip(fold.tolist(), names, strict=True)]
     order = sorted(set(cells))
@@ -166,6 +172,11 @@ def _cut(
     part = np.array([place[cell] for cell in cells], np.int64)
     sums = tallies_by(acts, part, len(order), summed_groups(criterion))
     return fold, Tallies(tuple(order), sums.arrays)
+
+
+def count_folds(sums: Tallies) -> int:
+    """Number of folds of sums by fold."""
+    return len({cell_parts(name)[0] for name in sums.domains})
 
 
 def by_cell(sums: Tallies) -> bool:

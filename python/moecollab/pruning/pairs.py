@@ -11,7 +11,7 @@ from moecollab.criteria.scoring import answers, fitted_on
 from moecollab.errors import DataError, MissingInputError, SettingsError
 from moecollab.patterns.collaboration import Collaboration
 from moecollab.patterns.drawn import check_rows
-from moecollab.pruning.draws import by_cell, summed_groups
+from moecollab.pruning.draws import by_cell, count_folds, summed_groups
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.folds import SINGLE
 
@@ -32,7 +32,6 @@ def open_pairs(
         check_needs(criterion, answers(acts) | found)
         if collab is not None:
             check_rows(collab, acts)
-        _check_folds(criterion, acts)
     return opened, fitted
 
 
@@ -69,15 +68,33 @@ def _paired(
     return recordings, patterns
 
 
-def _check_folds(criterion: Criterion, acts: Activations) -> None:
-    """Raises unless sums by parts of the documents can be had of all that the criterion reads."""
+def check_folds(criterion: Criterion, acts: Activations, asked: int | None) -> None:
+    """Raises unless what the criterion reads can be summed over as many folds as are asked for.
+
+    Raises
+    ------
+    DataError
+        When the recording has one document.
+    MissingInputError
+        When it lacks folds of what is summed while recording only.
+    SettingsError
+        When it has others, or fewer documents than folds are asked for.
+    """
     if acts.n_samples < 2:
         raise DataError(
             f"{acts.path} has {acts.n_samples} documents, of which no others can be drawn; "
             "record at least 2"
         )
+    if asked is not None and asked > acts.n_samples:
+        allowed = f"at most {acts.n_samples}, the documents of {acts.path}, or left out"
+        raise SettingsError("folds", asked, allowed)
     if set(summed_groups(criterion)) <= set(SINGLE):
         return
+    _check_stored(criterion, acts, asked)
+
+
+def _check_stored(criterion: Criterion, acts: Activations, asked: int | None) -> None:
+    """Raises unless the folds that a recording was made with are those asked for."""
     stored = acts.fold_tallies(by_domain=True)
     if stored is None:
         raise MissingInputError(
@@ -88,4 +105,12 @@ def _check_folds(criterion: Criterion, acts: Activations) -> None:
         raise MissingInputError(
             f"{criterion.name} reads sums by domain, and the folds of {acts.path} hold none; "
             "extract again with folds=32 (--folds 32)"
+        )
+    n_folds = count_folds(stored)
+    if asked not in (None, n_folds):
+        raise SettingsError(
+            "folds",
+            asked,
+            f"{n_folds}, with which {acts.path} was made, or left out, as {criterion.name} reads "
+            "what is summed while recording only",
         )

@@ -22,10 +22,11 @@ from moecollab.patterns.collaboration import Collaboration
 from moecollab.progress import track
 from moecollab.pruning.budgets import Budget, Per
 from moecollab.pruning.draws import READ, Source, drawn_evidence, sources_of
-from moecollab.pruning.pairs import Patterns, Recorded, open_pairs
+from moecollab.pruning.pairs import Patterns, Recorded, check_folds, open_pairs
 from moecollab.pruning.planning import decide
 from moecollab.record.activations import Activations
 from moecollab.record.tallies import Tallies
+from moecollab.settings import check_whole, is_real
 
 
 def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
@@ -38,7 +39,7 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     mass: float | None = None,
     per: Per = "layer",
     floor: int = 0,
-    folds: int = 64,
+    folds: int | None = None,
     resamples: int = 200,
     confidence: float = 0.95,
     seed: int = 0,
@@ -69,15 +70,18 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
         several of one recording, such as of other seeds, which are drawn then.
     drop, experts, mass, per, floor
         The budget of the plan, as :func:`moecollab.plan` takes it.
-    folds : int
-        Folds of each recording that has none of its own (``extract(folds=…)``), ≥ 2, at most one
-        per document. A standard error from n of them is itself off by about 1 / sqrt(2 n) of it.
+    folds : int, optional
+        Folds of each recording, in [2, number of its documents]. If None, those that it was made
+        with (``extract(folds=…)``), which no others can replace for what is summed while recording
+        only; else 64, or one per document. A standard error from n of them is itself off by about
+        1 / sqrt(2 n) of it.
     resamples : int
         Draws, ≥ 2.
     confidence : float
         Part of the resampled scores between `low` and `high`, in (0, 1).
     seed : int
-        Seed of the folds and of the draws; criteria that draw take another one in each resample.
+        Seed of the draws, and of folds that the recording has not been made with; criteria that
+        draw take another one in each resample.
     out : path, optional
         Parquet file to write, which `plan` reads as any scores.
     overwrite : bool
@@ -91,8 +95,8 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
     Raises
     ------
     SettingsError
-        When the criterion reads parameters or runs the model, or patterns and recordings do not
-        pair.
+        When the criterion reads parameters or runs the model, patterns and recordings do not pair,
+        or a recording cannot have so many folds.
     MissingInputError
         When what it reads was not recorded, or its sums were not by fold and single tokens do not
         hold them.
@@ -100,12 +104,14 @@ def uncertainty(  # noqa: PLR0913 (a budget, and how to resample)
         When a recording has one document.
     """
     chosen = criteria.get(criterion)
-    _check_settings(folds, resamples, confidence)
+    _check_settings(folds, resamples, confidence, seed)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     budget = Budget(drop=drop, experts=experts, mass=mass, per=per, floor=floor)
     _check_criterion(chosen, budget)
     recordings, patterns = open_pairs(chosen, activations, collaboration)
+    for acts in recordings:
+        check_folds(chosen, acts, folds)
     whole = _whole(chosen, recordings, patterns, budget, seed)
     sources = sources_of(chosen, recordings, patterns, folds, seed)
     values, kept = Resampler(chosen, whole, budget, sources).run(resamples, seed)
@@ -268,10 +274,10 @@ def _check_criterion(criterion: Criterion, budget: Budget) -> None:
     budget.check_scores_suffice("for resampled plans")
 
 
-def _check_settings(folds: int, resamples: int, confidence: float) -> None:
-    if folds < 2:
-        raise SettingsError("folds", folds, "2 or more")
-    if resamples < 2:
-        raise SettingsError("resamples", resamples, "2 or more")
-    if not 0 < confidence < 1:
+def _check_settings(folds: int | None, resamples: int, confidence: float, seed: int) -> None:
+    if folds is not None:
+        check_whole("folds", folds, 2)
+    check_whole("resamples", resamples, 2)
+    check_whole("seed", seed, 0)
+    if not is_real(confidence) or not 0 < confidence < 1:
         raise SettingsError("confidence", confidence, "in (0, 1)")

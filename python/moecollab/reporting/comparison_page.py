@@ -19,6 +19,7 @@ from moecollab.reporting.figures.comparisons import BUDGETS, comparison_figure
 from moecollab.reporting.figures.style import as_html, plotly_script
 from moecollab.reporting.material import FilePath
 from moecollab.reporting.numbers import Ledger, Number, percent, sentence
+from moecollab.reporting.provenance import option
 from moecollab.reporting.templating import script_json, template
 
 PLACES = {"layer": "of each layer", "model": "of the whole model"}
@@ -181,15 +182,11 @@ def _command(about: Mapping[str, Any]) -> str:
     said = [f"moecollab compare {model} CALIBRATION --held-out HELD_OUT"]
     for name in ("criteria", "drops", "per"):
         if settings.get(name):
-            values = ",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in settings[name])
-            said.append(f"--{name} {shlex.quote(values)}")
-    said += [f"--tasks {shlex.quote(task)}" for task in settings.get("tasks", [])]
-    said += ["--task-folder TASKS"] if settings.get("tasks") else []
-    for name in ("seeds", "share", "limit", "probe_tokens", "context", "batch_size"):
-        if settings.get(name) is not None:
-            said.append(f"--{name.replace('_', '-')} {settings[name]:g}")
-    if measured.get("dtype"):
-        said.append(f"--dtype {measured['dtype']}")
+            said.append(option(name, ",".join(map(str, settings[name]))))
+    said += [option("tasks", task) for task in settings.get("tasks", [])]
+    named = settings | {name: measured.get(name) for name in ("task_folder", "dtype")}
+    single = ("task_folder", "seeds", "share", "limit", "probe_tokens", "context", "batch_size")
+    said += [option(name, named[name]) for name in (*single, "dtype") if named.get(name)]
     said += ["--fits fits.yaml"] if _fits(about) else []
     return " \\\n    ".join([*said, "--out run/comparison"])
 

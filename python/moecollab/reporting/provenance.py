@@ -87,13 +87,13 @@ def _commands(material: Material) -> Iterator[str]:
     if plan is not None:
         name = shlex.quote(plan.criterion)
         needs = " --collaboration run/collaboration" if _reads_patterns(plan.criterion) else ""
-        drop = f"{plan.drop:g}"
         asked = {"drop": plan.drop} if plan.budget is None else plan.budget.as_json()
         if plan.sureness is None:
-            made = f"score run/activations --criterion {name}{needs} --drop {drop}"
+            made = f"score run/activations --criterion {name}{needs} --drop {plan.drop}"
         else:
             budget = _options(asked, ("drop", "experts", "mass", "floor"))
-            drawn = _options(_drawn(material, plan.criterion), ("resamples", "confidence", "seed"))
+            how = ("folds", "resamples", "confidence", "seed")
+            drawn = _options(_drawn(material, plan.criterion), how)
             made = f"uncertainty run/activations --criterion {name}{needs}{budget} --per {plan.per}"
             made += drawn
         yield f"{made} --out run/scores.parquet"
@@ -110,7 +110,9 @@ def _commands(material: Material) -> Iterator[str]:
 def _drawn(material: Material, criterion: str) -> Mapping[str, Any]:
     """How documents were drawn for the scores of a criterion, if these are at hand."""
     spreads = (one.spread for one in material.scores if one.criterion == criterion)
-    return next((one.settings for one in spreads if one is not None), {})
+    found = next((one.settings for one in spreads if one is not None), {})
+    folds = set(found.get("folds", []))  # of each recording
+    return {**found, "folds": folds.pop() if len(folds) == 1 else None}
 
 
 def _recording(acts: Activations, model: str) -> str:
@@ -127,13 +129,14 @@ def _recording(acts: Activations, model: str) -> str:
 
 
 def _options(settings: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """Command-line options of the settings that have a value."""
+    """Command-line options of the settings that have a value, which is read back exactly."""
     known = [(name, settings.get(name)) for name in names]
-    return "".join(
-        f" --{name.replace('_', '-')} {shlex.quote(_plain(value))}"
-        for name, value in known
-        if value is not None
-    )
+    return "".join(f" {option(name, value)}" for name, value in known if value is not None)
+
+
+def option(name: str, value: object) -> str:
+    """An option as the command line reads it; all digits of a number are there."""
+    return f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
 
 
 def _seed(about: Mapping[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from moecollab.errors import SHARE, DataError, MissingInputError, SettingsError
 from moecollab.patterns.dictionary import HSDL
 from moecollab.pruning.budgets import Per
 from moecollab.record.corpus import Corpus
+from moecollab.settings import check_whole, is_real, names_in
 
 DEFAULT = ("coverage", "reap", "reap_sum", "easy_ep", "ean_mean", "gate_sum", "caep", "random")
 """Criteria that are compared if none are named."""
@@ -63,11 +65,12 @@ class Grid:
     Parameters
     ----------
     criteria : tuple of str
-        Names of criteria; ``name@fit`` reads the patterns of one of several fits.
+        Names of criteria; ``name@fit`` reads the patterns of one of several fits. Given as any
+        sequence, or as one text with commas.
     drops : tuple of float
-        Shares of the experts that go, in (0, 1).
+        Shares of the experts that go, in (0, 1). Given as any sequence, or as one number.
     per : tuple of {"layer", "model"}
-        What the share holds for.
+        What the share holds for. Given as `criteria` are.
     seeds : int
         Calibrations: each draws its own documents, and starts its fits and draws by its seed.
     share : float
@@ -84,20 +87,18 @@ class Grid:
     fits: Mapping[str, HSDL] = field(default_factory=lambda: {PLAIN: HSDL()})
 
     def __post_init__(self) -> None:
-        """Checks every value."""
+        """Checks every value, and makes tuples of what is given otherwise."""
+        for name in ("criteria", "per"):
+            object.__setattr__(self, name, tuple(names_in(name, getattr(self, name))))
+        object.__setattr__(self, "drops", _shares(self.drops))
         if not self.criteria or len(set(self.criteria)) < len(self.criteria):
             raise SettingsError("criteria", ", ".join(self.criteria), "one or more different names")
-        if not self.drops:
-            raise MissingInputError("no share to drop is given; give one or more, such as 0.25,0.5")
-        for drop in self.drops:
-            if not 0 < drop < 1:
-                raise SettingsError("drops", drop, SHARE)
         if not self.per or not set(self.per) <= {"layer", "model"}:
             raise SettingsError("per", self.per, "layer, model or both")
-        if self.seeds < 1:
-            raise SettingsError("seeds", self.seeds, "at least 1")
-        if not 0 < self.share <= 1:
+        check_whole("seeds", self.seeds, 1)
+        if not is_real(self.share) or not 0 < self.share <= 1:
             raise SettingsError("share", self.share, f"{SHARE}, or 1 for all documents")
+        _check_fits(self.fits)
         for name in self.criteria:
             Entry.read(name, self.fits)
 
@@ -128,6 +129,27 @@ class Grid:
             "share": self.share,
             "fits": {name: {key: _plain(v) for key, v in fits[name].items()} for name in fits},
         }
+
+
+def _shares(given: object) -> tuple[float, ...]:
+    """Shares to drop, of a sequence or one number."""
+    listed = [given] if is_real(given) or isinstance(given, str) else given
+    if not isinstance(listed, Iterable):
+        raise SettingsError("drops", given, f"{SHARE}, or several")
+    found = []
+    for one in listed:
+        if not isinstance(one, Real) or not 0 < float(one) < 1:
+            raise SettingsError("drops", one, SHARE)
+        found.append(float(one))
+    if not found:
+        raise MissingInputError("no share to drop is given; give one or more, such as 0.25,0.5")
+    return tuple(found)
+
+
+def _check_fits(fits: object) -> None:
+    each = fits.values() if isinstance(fits, Mapping) else [fits]
+    if not isinstance(fits, Mapping) or not all(isinstance(one, HSDL) for one in each):
+        raise SettingsError("fits", fits, "an HSDL, or several by name")
 
 
 def _plain(value: object) -> object:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from moecollab.errors import DataError, SettingsError, StaleInputError
+from moecollab.errors import DataError, StaleInputError
 from moecollab.evaluation.comparing.calibrating import Calibration
 from moecollab.evaluation.comparing.comparison import CELLS, Comparison, load_comparison, tidy
 from moecollab.evaluation.comparing.grid import DEFAULT, PLAIN, Grid, calibration, check_apart
@@ -23,6 +23,7 @@ from moecollab.manifest import MANIFEST, manifest, read_json, refuse_existing, w
 from moecollab.patterns.dictionary import HSDL
 from moecollab.progress import track
 from moecollab.record.corpus import Corpus, Source, read_corpus
+from moecollab.settings import check_whole, names_in
 
 if TYPE_CHECKING:
     from moecollab.pruning.budgets import Per
@@ -39,13 +40,13 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
     held_out: Source,
     *,
     out: str | PathLike[str],
-    criteria: Sequence[str] | None = None,
-    drops: Sequence[float] = (0.25, 0.5),
-    per: Sequence[Per] = ("layer",),
+    criteria: str | Sequence[str] | None = None,
+    drops: float | Sequence[float] = (0.25, 0.5),
+    per: str | Sequence[Per] = ("layer",),
     seeds: int = 3,
     share: float = 0.5,
     fits: HSDL | Mapping[str, HSDL] | None = None,
-    tasks: Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
     task_folder: str | PathLike[str] | None = None,
     limit: int | None = None,
     probe_tokens: int = 8_192,
@@ -72,13 +73,13 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
         Text that judges; no document of it may be in `corpus`.
     out : path
         Folder for everything that is made.
-    criteria : sequence of str, optional
-        Names of criteria; the best known if not given. A criterion of patterns may name one of
-        several `fits`: ``caep@output``.
-    drops : sequence of float
+    criteria : str or sequence of str, optional
+        Names of criteria, such as "coverage,reap"; the best known if not given. A criterion of
+        patterns may name one of several `fits`: ``caep@output``.
+    drops : float or sequence of float
         Shares of the experts that go, in (0, 1).
-    per : sequence of {"layer", "model"}
-        What the share holds for.
+    per : str or sequence of {"layer", "model"}
+        What the share holds for; "layer,model" for both.
     seeds : int
         Calibrations, at least 1; two or more are needed to see how far a ranking can be trusted.
     share : float
@@ -113,23 +114,19 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
     CalibrationWarning
         When the seeds calibrate on the same documents, so that intervals say little.
     """
-    grid = Grid(
-        criteria=DEFAULT if criteria is None else tuple(criteria),
-        drops=tuple(drops),
-        per=tuple(per),
-        seeds=seeds,
-        share=share,
-        fits=_named(fits),
-    )
+    names = DEFAULT if criteria is None else criteria
+    tried: dict[str, Any] = {"criteria": names, "drops": drops, "per": per}  # of any kind
+    grid = Grid(**tried, seeds=seeds, share=share, fits=_named(fits))
+    exams = names_in("tasks", tasks)
     _check_sizes(limit=limit, probe_tokens=probe_tokens, context=context, batch_size=batch_size)
     text, judge = read_corpus(corpus), read_corpus(held_out)
     check_apart(text, judge)
-    questions = load_tasks(tasks, task_folder, limit=limit) if tasks else None
+    questions = load_tasks(exams, task_folder, limit=limit) if exams else None
     subject = open_subject(model, tokenizer, dtype)
     if subject.plan is not None:
         raise DataError(f"{subject.path} is masked already; compare criteria on the whole model")
     window = window_of(subject.model.config, context)
-    settings = grid.as_json() | {"tasks": list(tasks), "limit": limit, "context": window}
+    settings = grid.as_json() | {"tasks": exams, "limit": limit, "context": window}
     settings |= {"probe_tokens": probe_tokens, "batch_size": batch_size}
     inputs = {"model": subject.digest, "corpus": text.digest, "held_out": judge.digest}
     inputs |= {} if questions is None else {"tasks": questions.digest}
@@ -147,23 +144,24 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
     )
     cells = _run(grid, text, subject, bench, folder, probe_tokens, window)
     tidy(cells, bench.folder).write(folder)
-    fits = read_json(folder / MANIFEST)["settings"]["fits"]
-    about["settings"] = settings | {"fits": fits}
-    write_json(folder / MANIFEST, about | _sizes(folder, text, grid), overwrite=True)
+    known = read_json(folder / MANIFEST)["settings"]["fits"]
+    about["settings"] = settings | {"fits": known}
+    measured = _sizes(folder, text, grid)
+    measured["task_folder"] = None if questions is None else questions.folder
+    write_json(folder / MANIFEST, about | {"measured": measured}, overwrite=True)
     return load_comparison(folder)
 
 
 def _named(fits: HSDL | Mapping[str, HSDL] | None) -> Mapping[str, HSDL]:
     if fits is None:
         return {PLAIN: HSDL()}
-    return {PLAIN: fits} if isinstance(fits, HSDL) else dict(fits)
+    return {PLAIN: fits} if isinstance(fits, HSDL) else fits
 
 
 def _check_sizes(**sizes: int | None) -> None:
     for name, value in sizes.items():
-        least = 2 if name == "context" else 1
-        if value is not None and value < least:
-            raise SettingsError(name, value, f"at least {least}")
+        if value is not None:
+            check_whole(name, value, 2 if name == "context" else 1)
 
 
 def _claim(folder: Path, about: Mapping[str, Any], overwrite: bool) -> Path:
@@ -253,7 +251,7 @@ def _sizes(folder: Path, text: Corpus, grid: Grid) -> dict[str, Any]:
     }
     about = {"model": recorded[0]["model"], "dtype": recorded[0]["settings"]["dtype"]}
     fit = next(iter(grid.fits), None)
-    return {"measured": about | {"fit": fit, "calibration": calibrations}}
+    return about | {"fit": fit, "calibration": calibrations}
 
 
 def _measured(
