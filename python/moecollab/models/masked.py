@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def layer_barred(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
 
 
 def kept_of(path: str | PathLike[str]) -> Keep | None:
-    """Original ids of the experts that a masked or pruned model's folder keeps; else None."""
+    """The experts that a masked or pruned model's folder keeps, by ids of its base; else None."""
     file = Path(path) / MASK_FILE
     if not file.is_file():
         return None
@@ -115,6 +116,28 @@ def kept_of(path: str | PathLike[str]) -> Keep | None:
     part = {MASKED: "plan", PRUNED: "experts"}.get(str(found.get("kind")))
     kept = found.get(part) if part else None
     return keep_from_json(kept, str(file)) if isinstance(kept, dict) else None
+
+
+def original_of(path: str | PathLike[str], keep: Keep) -> Keep | None:
+    """What a plan for a folder keeps, by ids of the first model that the folder was cut from.
+
+    None where the folder is of a whole model, or the plan of one that was cut in memory since.
+    """
+    file = Path(path) / MASK_FILE
+    found = read_json(file) if file.is_file() else {}
+    first = found.get("original") or (found.get("experts") if found.get("kind") == PRUNED else None)
+    if not isinstance(first, dict):
+        return None
+    whole, padding = keep_from_json(first, str(file)), padding_of(path)
+    ids = {}
+    for layer, kept in keep.keep.items():
+        filled = set(padding.get(layer, ()))
+        real = [place for place in range(keep.counts[layer]) if place not in filled]
+        known = dict(zip(real, whole.keep.get(layer, ()), strict=False))
+        if len(real) != len(whole.keep.get(layer, ())) or not set(kept) <= set(known):
+            return None
+        ids[layer] = tuple(known[one] for one in kept)
+    return replace(whole, keep=ids, settings={})
 
 
 def padding_of(path: str | PathLike[str]) -> dict[int, tuple[int, ...]]:

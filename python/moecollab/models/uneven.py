@@ -8,7 +8,7 @@ other loaders fail for the shapes of the weights, and the numbers of all layers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -57,6 +57,15 @@ class Arrangement:
     held: Keep
     native: bool
 
+    @classmethod
+    def as_is(cls, layers: Sequence[MoeLayer]) -> Arrangement:
+        """That of a model in memory, with all experts that it has."""
+        held = {layer.layer: tuple(range(layer.n_experts)) for layer in layers}
+        counts = tuple(map(len, held.values()))
+        differ = len(set(counts)) > 1
+        keep = Keep(held, max(counts), layers[0].top_k, {}, counts if differ else None)
+        return cls(keep, keep, native=differ)
+
     @property
     def count(self) -> int:
         """The number of experts that the configuration says: of the widest layer."""
@@ -80,9 +89,13 @@ class Arrangement:
         counts = {str(layer): len(held) for layer, held in self.held.keep.items()}
         return {ENTRY: {COUNTS: counts}}
 
-    def note(self) -> dict[str, Any]:
-        """What ``moecollab.json`` says: original ids of the experts, and how layers are held."""
+    def note(self, original: Keep | None = None) -> dict[str, Any]:
+        """What ``moecollab.json`` says: ids of the experts in the base, and how layers are held.
+
+        `original` is what is kept by ids of the model that the base was cut from.
+        """
         found: dict[str, Any] = {"experts": self.keep.as_json(), "loads": self.loads}
+        found |= {} if original is None else {"original": original.as_json()}
         padding = {str(layer): places for layer, places in self.dummies.items()}
         return found | ({"padding": padding} if padding else {}) | self.config_entry()
 

@@ -82,6 +82,37 @@ class About:
     costs: tuple[Row, ...]
 
 
+@dataclass(frozen=True)
+class Making:
+    """What a card says was done, where that is not dropping alone.
+
+    Parameters
+    ----------
+    done : str
+        By what the model was made.
+    title : str
+        What the model has that its base has not; of numbers of experts if empty.
+    heading : str
+        That of the section with the reasons.
+    lines : tuple of str
+        More of that section.
+    tag : str
+        What the hub may find it by.
+    planned : bool
+        Whether a plan decided which experts are left.
+    """
+
+    done: str = "removing routed experts, without any training"
+    title: str = ""
+    heading: str = "What was dropped"
+    lines: tuple[str, ...] = ()
+    tag: str = "pruned"
+    planned: bool = True
+
+
+DROPPED = Making()
+
+
 def about(
     model: ModelLike, keep: Keep, plan: Plan | None, evaluations: Sequence[Any] | None = None
 ) -> About:
@@ -114,12 +145,14 @@ def _folder_name(folder: Path) -> str:
     return folder.name if cached is None else cached.removeprefix("models--").replace("--", "/", 1)
 
 
-def card(why: About, arrangement: Arrangement, before: Size, after: Size) -> str:
-    """The text of README.md for a pruned checkpoint."""
+def card(
+    why: About, arrangement: Arrangement, sizes: tuple[Size, Size], making: Making = DROPPED
+) -> str:
+    """The text of README.md for a smaller checkpoint; `sizes` are before and after."""
     parts = [
-        *_head(why, arrangement),
-        *_sizes(arrangement, before, after),
-        *_reasons(why.plan, arrangement),
+        *_head(why, arrangement, making),
+        *_sizes(arrangement, *sizes),
+        *_reasons(why.plan, arrangement, making),
         *_layers(arrangement),
         *cost_lines(why.costs),
         *_loading(arrangement),
@@ -157,7 +190,7 @@ def _front_matter(card: Path) -> list[str]:
     return kept
 
 
-def _head(why: About, arrangement: Arrangement) -> list[str]:
+def _head(why: About, arrangement: Arrangement, making: Making) -> list[str]:
     fields, name = {line.partition(":")[0] for line in why.front}, why.base
     unknown = [] if "license" in fields else ["# license: that of the base model; state it here"]
     n_experts, counts = (_spread(held) for held in _counts(arrangement.keep))
@@ -166,13 +199,12 @@ def _head(why: About, arrangement: Arrangement) -> list[str]:
         *why.front,
         *unknown,
         f"base_model: {_quoted(name)}",
-        "tags: [mixture-of-experts, pruned, moecollab]",
+        f"tags: [mixture-of-experts, {making.tag}, moecollab]",
         "---",
         "",
-        f"# {name} with {counts} of {n_experts} experts a layer",
+        f"# {name} with {making.title or f'{counts} of {n_experts} experts a layer'}",
         "",
-        f"Made from `{name}` by removing routed experts, without any training, with moecollab "
-        f"{versions().get('moecollab', '')}.",
+        f"Made from `{name}` by {making.done}, with moecollab {versions().get('moecollab', '')}.",
         "",
     ]
 
@@ -210,25 +242,33 @@ def _sizes(arrangement: Arrangement, before: Size, after: Size) -> list[str]:
     ]
 
 
-def _reasons(plan: Plan | None, arrangement: Arrangement) -> list[str]:
-    lines = ["", "## What was dropped", ""]
-    made = arrangement.keep.settings
-    criterion = made.get("criterion") if plan is None else plan.criterion
-    lines.append(f"- **Criterion**: {criterion or 'not known: the kept experts were given'}.")
-    if plan is not None:
-        asked = {"drop": round(plan.drop, 6), "per": plan.per}
-        asked |= {} if plan.budget is None else plan.budget.as_json()
-        said = ", ".join(f"{name} {value}" for name, value in asked.items())
-        lines.append(f"- **Budget**: {said}.")
-        protected = sum(map(len, plan.protected.values()))
-        if protected:
-            lines.append(f"- **Protected**: {protected} experts that had to stay.")
-        if plan.sureness is not None:
-            lines.append(f"- **Sureness**: those kept stay in {plan.sureness:.1%} of draws.")
-        recorded = plan.activations or "no recording: from the weights alone, or not known"
-        lines.append(f"- **Calibration**: recording with digest {recorded}.")
-    lines.append("- Original ids of all experts that stayed: `experts` in `moecollab.json`.")
-    return lines
+def _reasons(plan: Plan | None, arrangement: Arrangement, making: Making) -> list[str]:
+    lines = ["", f"## {making.heading}", "", *making.lines]
+    if making.planned:
+        made = arrangement.keep.settings
+        criterion = made.get("criterion") if plan is None else plan.criterion
+        lines.append(f"- **Criterion**: {criterion or 'not known: the kept experts were given'}.")
+        lines += [] if plan is None else _plan_lines(plan)
+    return [
+        *lines,
+        "- **Experts** that stayed, by the ids of the base: `experts` in `moecollab.json`; by "
+        "those of the model before any cut, where the base was cut itself: `original`.",
+    ]
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    """What a plan tells beside its criterion."""
+    asked = {"drop": round(plan.drop, 6), "per": plan.per}
+    asked |= {} if plan.budget is None else plan.budget.as_json()
+    said = ", ".join(f"{name} {value}" for name, value in asked.items())
+    lines = [f"- **Budget**: {said}."]
+    protected = sum(map(len, plan.protected.values()))
+    if protected:
+        lines.append(f"- **Protected**: {protected} experts that had to stay.")
+    if plan.sureness is not None:
+        lines.append(f"- **Sureness**: those kept stay in {plan.sureness:.1%} of draws.")
+    recorded = plan.activations or "no recording: from the weights alone, or not known"
+    return [*lines, f"- **Calibration**: recording with digest {recorded}."]
 
 
 def _layers(arrangement: Arrangement) -> list[str]:

@@ -17,7 +17,7 @@ from moecollab.errors import DataError, PlanError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.keep import Keep, check_cut, check_keep, check_untied, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
-from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
+from moecollab.models.masked import MASK_FILE, PRUNED, original_of, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import all_or_nothing, slice_experts, slice_router
 from moecollab.models.uneven import (
@@ -26,7 +26,18 @@ from moecollab.models.uneven import (
     arranged,
     bar,
 )
-from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base, origin_of
+from moecollab.pruning.card import (
+    CARD,
+    DROPPED,
+    About,
+    Making,
+    Size,
+    about,
+    base_name,
+    card,
+    of_the_base,
+    origin_of,
+)
 from moecollab.pruning.counts import (
     count_field,
     count_names,
@@ -139,11 +150,10 @@ def _prune_loaded(
     before = Size.of_model(loaded)
     _cut(loaded, layers, arrangement)
     if out is not None:
-        note = {"kind": PRUNED} | arrangement.note()
+        note = {"kind": PRUNED} | arrangement.note(original_of(origin_of(model), keep))
         with written(loaded, tokenizer, model, Path(out), note, how) as folder:
             if how.about is not None:
-                text = card(how.about, arrangement, before, Size.of_folder(folder))
-                write_bytes(folder / CARD, text.encode())
+                write_card(folder, how.about, arrangement, before)
     return loaded
 
 
@@ -165,6 +175,14 @@ def written(
         _save_beside(tokenizer, Path(origin_of(source)), folder)
         write_json(folder / MASK_FILE, note)
         yield folder
+
+
+def write_card(
+    folder: Path, why: About, arrangement: Arrangement, before: Size, making: Making = DROPPED
+) -> None:
+    """Writes the card of a checkpoint that is there; `before` is the size of its base."""
+    text = card(why, arrangement, (before, Size.of_folder(folder)), making)
+    write_bytes(folder / CARD, text.encode())
 
 
 def check_uniform(keep: Keep) -> None:

@@ -19,10 +19,12 @@ from moecollab.evaluation.repairing.trainable import Trainable
 from moecollab.manifest import read_json, refuse_existing
 from moecollab.models.keep import Keep, check_cut, check_keep, read_keep
 from moecollab.models.loading import ModelLike, load_model, load_tokenizer
-from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
+from moecollab.models.masked import MASK_FILE, PRUNED, original_of, read_masked
 from moecollab.models.routing import find_moe_layers
+from moecollab.models.uneven import Arrangement
+from moecollab.pruning.card import Making, Size, about, origin_of
 from moecollab.pruning.plans import Plan, load_plan
-from moecollab.pruning.pruning import SHARD, check_uniform, prune, written
+from moecollab.pruning.pruning import SHARD, check_uniform, prune, write_card, written
 from moecollab.pruning.streaming.folder import Writing
 from moecollab.record.corpus import Corpus, Source, read_corpus
 
@@ -146,17 +148,23 @@ def repair(  # noqa: PLR0913 (each is a setting of the training)
     whole, other = (loaded, None) if teacher is None else load_model(teacher)
     words = tokenizer or other or _tokenizer(loaded, whole)
     windows = [_windows(words, part, loaded) for part in _parts(read_corpus(corpus), seed)]
+    decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
+    why, before = (
+        about(model, keep or Arrangement.as_is(find_moe_layers(loaded)).keep, decided),
+        Size.of_model(loaded),
+    )
     student = Trainable(loaded, keep)
     found = _repaired(Pair(student, whole), windows, course)
     if plan is not None and keep is not None:
         prune(loaded, load_plan(plan) if isinstance(plan, str | PathLike) else plan)
     student.write()
     if out is not None:
-        note = _note(model, keep) | {"repaired": found.as_json()}
-        with written(
-            loaded, words, model, Path(out), note, Writing(shard_size=SHARD, overwrite=overwrite)
-        ):
-            pass
+        layers = find_moe_layers(loaded)
+        arrangement = Arrangement.as_is(layers) if keep is None else Arrangement(keep, keep, False)
+        note = _note(model, arrangement, keep) | {"repaired": found.as_json()}
+        writing = Writing(shard_size=SHARD, overwrite=overwrite)
+        with written(loaded, words, model, Path(out), note, writing) as folder:
+            write_card(folder, why, arrangement, before, _making(found, keep))
     return found
 
 
@@ -236,9 +244,27 @@ def _by_document(values: Any, windows: Sequence[Window]) -> Any:  # noqa: ANN401
     return np.bincount(rows, weights=values)[np.unique(rows)]
 
 
-def _note(model: ModelLike, keep: Keep | None) -> dict[str, Any]:
+def _note(model: ModelLike, arrangement: Arrangement, keep: Keep | None) -> dict[str, Any]:
     """What is written beside the model: what is kept, or what the small model came with."""
     if keep is not None:
-        return {"kind": PRUNED, "experts": keep.as_json()}
-    file = None if isinstance(model, nn.Module) else Path(model) / MASK_FILE
-    return read_json(file) if file is not None and file.is_file() else {"kind": "repaired model"}
+        return {"kind": PRUNED} | arrangement.note(original_of(origin_of(model), keep))
+    file = Path(origin_of(model)) / MASK_FILE
+    before = read_json(file) if file.is_file() else {"kind": "repaired model"}
+    return {"loads": arrangement.loads} | before
+
+
+def _making(found: Repair, keep: Keep | None) -> Making:
+    """What the card says of the training."""
+    low, high = found.interval or (float("nan"), float("nan"))
+    trained = "training its routers and norms to predict what the whole model does"
+    return Making(
+        done=trained if keep is None else f"removing routed experts and {trained}",
+        title="routers and norms repaired" if keep is None else "",
+        heading="What was trained" if keep is None else "What was dropped and trained",
+        lines=(
+            f"- **Repair**: KL from the whole model {found.before:.4f} nats a token before and "
+            f"{found.after:.4f} after {found.steps} steps, on {found.documents} documents that "
+            f"were not trained on: gain {found.gain:.4f}, 95 % interval [{low:.4f}, {high:.4f}].",
+        ),
+        planned=keep is not None,
+    )
