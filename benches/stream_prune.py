@@ -16,7 +16,9 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 SHARD = 1 << 30
@@ -119,16 +121,32 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, in KB."""
+def memory(field: str) -> float:
+    """MB of this process: most that was resident (VmHWM), or what no file backs now (RssAnon)."""
     # Not ru_maxrss, which a child takes over from its parent.
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+@contextmanager
+def most_anonymous():
+    """A list of what no file backs, longer by one every 10 ms; the kernel keeps no peak of it."""
+    found, done = [], threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            found.append(memory("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield found
+    done.set()
+    watcher.join()
 
 
 def child(base: Path, out: Path) -> None:
-    """Prunes in this process; prints seconds, peak memory, that after imports and at the start."""
-    bare = peak_memory()
+    """Prunes in this process; prints seconds, CPU seconds and the MB of the table's columns."""
+    bare, bare_anonymous = memory("VmHWM"), memory("RssAnon")
     import moecollab as mc
     from moecollab.models.keep import Keep
     from moecollab.models.loading import open_config, skeleton
@@ -138,12 +156,13 @@ def child(base: Path, out: Path) -> None:
     count = layers[0].n_experts
     keep = Keep({one.layer: tuple(range(0, count, 2)) for one in layers}, count, layers[0].top_k)
     mc.prune  # noqa: B018 (imports it)
-    imported = peak_memory()
-    began, used = time.perf_counter(), time.process_time()
-    mc.prune(base, keep, out=out)
-    took, cpu = time.perf_counter() - began, time.process_time() - used
-    peak = peak_memory()
-    print(took, cpu, (peak - imported) / 1024, (peak - bare) / 1024)
+    imported = memory("VmHWM")
+    with most_anonymous() as anonymous:
+        began, used = time.perf_counter(), time.process_time()
+        mc.prune(base, keep, out=out)
+        took, cpu = time.perf_counter() - began, time.process_time() - used
+    peak = memory("VmHWM")
+    print(took, cpu, peak - imported, peak - bare, max(anonymous) - bare_anonymous)
 
 
 def prune(base: Path, out: Path) -> list[float]:
@@ -179,25 +198,28 @@ def measure(folder: Path, layout: str, rounds: int) -> None:
         make(base, layout)
     found = []
     for _ in range(rounds):
-        took, cpu, above, over_bare = prune(base, out)
+        took, cpu, *above = prune(base, out)
         kept = sum(file.stat().st_size for file in out.glob("*.safetensors"))
         shutil.rmtree(out)
         cp_took, cp_cpu, copied = copy(base, out, kept)
         shutil.rmtree(out)
         share = (kept / took) / (copied / cp_took)
-        row = (kept / took / 1e6, copied / cp_took / 1e6, share, cpu, cp_cpu, above, over_bare)
+        row = (kept / took / 1e6, copied / cp_took / 1e6, share, cpu, cp_cpu, *above)
         print("  ".join(f"{one:.2f}" for one in row), file=sys.stderr, flush=True)
         found.append(row)
     total = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     shutil.rmtree(base)
-    middle = [statistics.median(column) for column in zip(*found, strict=True)]
-    shares = sorted(row[2] for row in found)
-    print(
-        f"| {layout} | {total / 1e9:.2f} | {kept / 1e9:.2f} | {middle[0]:.0f} | {middle[1]:.0f} | "
-        f"{middle[2]:.2f} ({shares[0]:.2f} to {shares[-1]:.2f}) | {middle[3]:.1f} | "
-        f"{middle[4]:.1f} | {max(row[5] for row in found):.0f} | "
-        f"{max(row[6] for row in found):.0f} |"
-    )
+    speed, cp_speed, share, cpu, cp_cpu, *above = zip(*found, strict=True)
+    cells = [layout, f"{total / 1e9:.2f}", f"{kept / 1e9:.2f}"]
+    cells += [spread(speed, 0), spread(cp_speed, 0), spread(share, 2)]
+    cells += [spread(cpu, 1), spread(cp_cpu, 1), *(f"{max(one):.0f}" for one in above)]
+    print(f"| {' | '.join(cells)} |")
+
+
+def spread(values: tuple[float, ...], digits: int) -> str:
+    """Median, least and most."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def main() -> None:
@@ -211,9 +233,10 @@ def main() -> None:
     if options.child is not None:
         child(options.folder, options.child)
         return
-    columns = "GB | kept GB | prune MB/s | cp MB/s | share (range) | prune CPU s | cp CPU s | "
-    print(f"| experts | {columns}MB above imports | MB above the interpreter |")
-    print("| --- " + "| ---: " * 9 + "|")
+    columns = "GB | kept GB | prune MB/s | cp MB/s | share of cp's speed | prune CPU s | cp CPU s"
+    above = "MB above imports | MB above the interpreter | of these without a file"
+    print(f"| experts | {columns} | {above} |")
+    print("| --- " + "| ---: " * 10 + "|")
     for layout in SHAPES if options.layout is None else [options.layout]:
         measure(options.folder / layout, layout, options.rounds)
         (options.folder / layout).rmdir()

@@ -75,7 +75,14 @@ def test_files_stay_small(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-def test_import_is_light():
-    code = "import sys, moecollab; print(' '.join(m for m in sys.modules if '.' not in m))"
+@pytest.mark.parametrize(
+    ("statement", "heavy"),
+    [
+        ("moecollab", LIGHT),
+        ("moecollab.prune", LIGHT - {"torch", "transformers"}),
+    ],
+)
+def test_imports_are_light(statement, heavy):
+    code = f"import sys, moecollab; {statement}; print(*(m for m in sys.modules if '.' not in m))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not LIGHT & set(found.stdout.split())
+    assert not heavy & set(found.stdout.split())

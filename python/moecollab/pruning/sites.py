@@ -6,15 +6,17 @@ from collections.abc import Iterable, Mapping
 from operator import index
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moecollab.criteria.scores import Scores
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import read_json
 from moecollab.models.keep import counts_from_json
+
+if TYPE_CHECKING:  # prune reads plans, and needs neither criteria nor Polars for them
+    from moecollab.criteria.scores import Scores
 
 Sites: TypeAlias = Mapping[int, Iterable[int]]
 Named: TypeAlias = "Sites | str | PathLike[str] | None"
