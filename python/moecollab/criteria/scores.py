@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,7 @@ from moecollab.criteria.spread import ARRAYS, Spread
 from moecollab.errors import DataError, SchemaError, ShapeError
 from moecollab.manifest import check_manifest, manifest, write_bytes
 from moecollab.models.groups import RouterGroups, groups_from_json
-from moecollab.models.keep import counts_from_json
+from moecollab.models.widths import counts_from_json, present
 
 KIND, FORMAT = "scores", 1
 COLUMNS: dict[str, Any] = {
@@ -183,18 +183,6 @@ class Scores:
             f"Scores({self.criterion}: {self.n_layers} layers × {self.n_experts} experts, "
             f"{self.values.min():.4g} to {self.values.max():.4g}{noted})"
         )
-
-
-def present(counts: Sequence[int], n_experts: int) -> NDArray[np.bool_]:
-    """Which sites are experts, given those of every layer: (n_layers, n_experts).
-
-    Examples
-    --------
-    >>> present((2, 3), 3).tolist()
-    [[True, True, False], [True, True, True]]
-    """
-    held: NDArray[np.bool_] = np.arange(n_experts) < np.asarray(counts)[:, None]
-    return held
 
 
 def load_scores(path: str | PathLike[str]) -> Scores:

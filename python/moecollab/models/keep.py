@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from moecollab.models.groups import router_groups
 from moecollab.models.padding import barred
 from moecollab.models.routing import MoeLayer
 from moecollab.models.slicing import router_rows
+from moecollab.models.widths import counts_from_json
 
 
 class KeepsExperts(Protocol):
@@ -122,16 +123,6 @@ def keep_from_json(value: Mapping[str, object], where: str) -> Keep:
     settings = value.get("settings")
     made = settings if isinstance(settings, Mapping) else {}
     return Keep(dict(sorted(found.items())), n_experts, top_k, made, counts)
-
-
-def counts_from_json(value: Any, n_layers: int) -> tuple[int, ...] | None:  # noqa: ANN401
-    """Experts of every layer in plain data, None where all are alike; ValueError if too many."""
-    if value is None:
-        return None
-    found = tuple(map(int, value))
-    if len(found) != n_layers:
-        raise ValueError(f"{len(found)} numbers for {n_layers} layers")
-    return found
 
 
 def check_keep(

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moecollab.criteria.scores import present
 from moecollab.errors import DataError, MissingInputError, PlanError, SettingsError, ShapeError
 from moecollab.manifest import check_manifest, manifest, read_json, write_json
 from moecollab.models.groups import RouterGroups, groups_from_json
-from moecollab.models.keep import counts_from_json
+from moecollab.models.widths import counts_from_json, present
 from moecollab.pruning.budgets import Budget, Per
 from moecollab.pruning.sites import kept_ids, site_mask, with_number_keys, with_text_keys
 from moecollab.pruning.units import make_units

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import read_json
-from moecollab.models.keep import counts_from_json
+from moecollab.models.widths import counts_from_json
 
 if TYPE_CHECKING:  # prune reads plans, and needs neither criteria nor Polars for them
     from moecollab.criteria.scores import Scores
