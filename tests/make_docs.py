@@ -65,8 +65,8 @@ experts.
 ## Your own
 
 A function from evidence to float64 scores of shape (n_layers, n_experts), and its needs: `score`,
-`plan` and everything after take it by its name, and `moecollab.criteria.collects("busy_peak")` says
-what `extract` must collect for it.
+`plan` and everything after take it by its name, and so does `extract(collect="busy_peak")`, which
+records what it reads.
 
 ```python
 {example}

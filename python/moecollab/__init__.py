@@ -150,6 +150,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 (any public object)
         return import_module("moecollab.criteria")
     if name not in _HOME:
         raise AttributeError(f"module 'moecollab' has no attribute {name!r}")
+    if name == "extract":  # criteria must be there to be named in `collect`
+        import_module("moecollab.criteria")
     value = getattr(import_module(f"moecollab.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -13,6 +13,7 @@ from moecollab.criteria import listing
 from moecollab.criteria.base import FORM, Criterion, Evidence, Needs
 from moecollab.criteria.scoring import score
 from moecollab.errors import (
+    DataError,
     MissingInputError,
     OutputExistsError,
     SettingsError,
@@ -21,6 +22,7 @@ from moecollab.errors import (
 )
 from moecollab.models.routing import find_moe_layers
 from moecollab.models.slicing import slice_experts, slice_router
+from moecollab.pruning.resampling import uncertainty
 
 NAMES = criteria.names()
 MEANS = ("esft_gate", "esft_token", "gate_mean", "reap", "ean_mean", "msan", "mean_output_norm")
@@ -302,6 +304,24 @@ def test_patterns_of_other_activations_are_stale(acts, bare_acts, collaboration,
         assert score("caep", acts, collaboration=given).n_sites == 12
         with pytest.raises(StaleInputError, match=r"was fitted on activations .* fit it again"):
             score("caep", bare_acts, collaboration=given)
+
+
+def test_what_is_given_and_not_needed_is_looked_at(acts, bare_acts, collaboration, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    with pytest.raises(DataError, match="nowhere holds no collaboration"):
+        score("reap", acts, collaboration=nowhere)
+    with pytest.raises(DataError, match="nowhere holds no collaboration"):
+        uncertainty("reap", acts, collaboration=[collaboration, nowhere], drop=0.25)
+    with pytest.raises(StaleInputError, match="was fitted on activations"):
+        score("frequency", bare_acts, collaboration=collaboration)
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        score("reap", acts, model=nowhere)
+    with pytest.raises(DataError, match=r"corpus .*nowhere does not exist"):
+        score("reap", acts, corpus=nowhere)
+    with pytest.raises(SettingsError, match=r"tokens is 5; it must be left out without corpus"):
+        score("reap", acts, tokens=5)
+    plain = score("reap", acts)
+    assert score("reap", acts, collaboration=collaboration).values.tolist() == plain.values.tolist()
 
 
 def test_score_reads_and_writes_files(acts, tmp_path):

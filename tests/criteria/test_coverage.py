@@ -103,6 +103,24 @@ def test_layers_harm_tokens_apart():
     np.testing.assert_allclose(harm(cut), [0.25, 3.75, 2, 5])
 
 
+@pytest.mark.parametrize("density", [0, 0.1, 0.4, 1])
+def test_rows_are_cut_at_layers_one_after_the_other(density):
+    rng = np.random.default_rng(0)
+    dense = rng.random((40, 12)) * (rng.random((40, 12)) < density)
+    dense[[0, 7, 8, 39]] = 0
+    evidence = Evidence(tallies=Tallies.zeros(("a",), 3, 4).total(), top_k=2)
+    expected, sample = [], []
+    for number, row in enumerate(dense.astype(np.float32)):
+        for layer in range(3):
+            own = np.where(np.arange(12) // 4 == layer, row, 0)
+            if own.any():
+                expected.append(own)
+                sample.append(number)
+    cut = by_layer(Rows.of(dense), evidence)
+    np.testing.assert_array_equal(cut.dense(), np.reshape(expected, (-1, 12)))
+    assert cut.sample.tolist() == sample
+
+
 def test_layers_are_scored_as_each_alone(acts):
     """Harm in one layer does not know the other: the same from rows of that layer alone."""
     evidence = Evidence(tallies=acts.tallies().total(), top_k=2, activations=acts)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecollab.criteria.base import Evidence
-from moecollab.criteria.pairs import ecc, ets, evtc
+from moecollab.criteria.pairs import descending, ecc, ets, evtc
 from moecollab.record.sketch import add_tokens, distinct, shared, shared_by_all
 from moecollab.record.sums import REGISTERS
 from moecollab.record.tallies import Tallies
@@ -65,6 +65,15 @@ def test_shared_by_all_is_shared_pair_by_pair():
     expected = shared(found[:, None], found[None])
     np.testing.assert_allclose(shared_by_all(found), expected, rtol=1e-9, atol=1e-6)
     np.testing.assert_allclose(np.diag(shared_by_all(found)), distinct(found), rtol=1e-9)
+
+
+def test_descending_is_a_stable_sort():
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 2, 1_000):
+        for high in (1, 5, 10**6):
+            values = rng.integers(0, high, n).astype(np.float64)
+            expected = np.argsort(-values, kind="stable")
+            assert descending(values).tolist() == expected.tolist()
 
 
 def test_overlap_is_as_exact_as_it_says():

@@ -18,7 +18,6 @@ from moecollab.cli.options import (
     PerScores,
     Seed,
     decimals,
-    model_path,
     say,
 )
 
@@ -51,9 +50,7 @@ def plan(  # noqa: PLR0913 (one parameter per option)
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Folder or hub name of the whole model, for --memory-gb", callback=model_path
-        ),
+        typer.Option(help="Folder or hub name of the whole model, for --memory-gb"),
     ] = None,
     similarity: Annotated[
         Path | None, typer.Option(help=".npy of (layers, experts, experts), for --per similarity")

@@ -7,19 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from moecollab.errors import SettingsError, unknown_name
-
-EMBEDDED = "embedded"
-"""Name of the model that the package holds; a folder of this name is ./embedded."""
-
-
-def model_path(name: str | None) -> str | None:
-    """Where a model is: as given, or the embedded one's folder."""
-    if name != EMBEDDED:
-        return name
-    from moecollab.demo.demo import MODEL
-
-    return str(MODEL)
+from moecollab.errors import SettingsError
 
 
 def batch_size_of(asked: str | int) -> int | str:
@@ -34,9 +22,7 @@ def batch_size_of(asked: str | int) -> int | str:
 
 Model = Annotated[
     str,
-    typer.Argument(
-        help="Folder or hub name of a model, a masked model, or: embedded", callback=model_path
-    ),
+    typer.Argument(help="Folder or hub name of a model, a masked model, or: embedded"),
 ]
 Out = Annotated[Path, typer.Option(help="Where the result goes")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result")]
@@ -98,19 +84,6 @@ def decimals(name: str, text: str) -> list[float]:
         return [float(number) for number in text.split(",")]
     except ValueError as cause:
         raise SettingsError(name, text, "numbers between commas, such as 100,300") from cause
-
-
-def sums(asked: str) -> list[str]:
-    """Names of sums, with those that criteria need in place of their names."""
-    from moecollab.criteria import collects, names
-    from moecollab.record.sums import GROUPS
-
-    found: list[str] = []
-    for name in filter(None, map(str.strip, asked.split(","))):
-        if name not in (*GROUPS, *names()):
-            raise unknown_name("collect", name, [*GROUPS, *names()])
-        found.extend([name] if name in GROUPS else collects(name))
-    return found
 
 
 def held(context: typer.Context, hidden_gb: float) -> float:

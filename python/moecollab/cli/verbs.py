@@ -32,9 +32,7 @@ from moecollab.cli.options import (
     Tokens,
     Weights,
     held,
-    model_path,
     numbers,
-    sums,
 )
 from moecollab.cli.options import say as _say
 from moecollab.cli.reducing import merge, repair
@@ -89,7 +87,7 @@ def extract(  # noqa: PLR0913 (one parameter per option)
             out=out,
             tokens=tokens,
             norms=norms,
-            collect=sums(collect),
+            collect=collect,
             context=context,
             batch_size=batch_size,
             seed=seed,
@@ -212,9 +210,7 @@ def score(  # noqa: PLR0913 (one parameter per option)
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Folder or hub name, for criteria that read or run it", callback=model_path
-        ),
+        typer.Option(help="Folder or hub name, for criteria that read or run it"),
     ] = None,
     corpus: Annotated[
         Path | None, typer.Option(help="Text for criteria that run the model")

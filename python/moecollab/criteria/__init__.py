@@ -18,6 +18,7 @@ from moecollab.criteria import (
 )
 from moecollab.criteria.base import Criterion, Needs, groups_of
 from moecollab.errors import SettingsError, unknown_name
+from moecollab.record.sums import GROUPS, stand_for, stand_no_more
 
 __all__ = ["KNOWN_AS", "Criterion", "Needs", "collects", "get", "names", "register", "unregister"]
 
@@ -40,7 +41,7 @@ KNOWN_AS: dict[str, str] = {
 
 
 def register(criterion: Criterion) -> None:
-    """Adds a criterion; a name that is taken is refused.
+    """Adds a criterion; a name that is taken, also by a group of sums, is refused.
 
     Examples
     --------
@@ -50,14 +51,16 @@ def register(criterion: Criterion) -> None:
     'no data'
     >>> unregister("first_come")
     """
-    if criterion.name in _registry:
-        raise SettingsError("criterion", criterion.name, "a name that is not yet registered")
+    if criterion.name in _registry or criterion.name in GROUPS:
+        raise SettingsError("criterion", criterion.name, "a name that is not yet taken")
     _registry[criterion.name] = criterion
+    stand_for(criterion.name, groups_of(criterion.needs))
 
 
 def unregister(name: str) -> None:
     """Forgets a criterion; an unknown name is answered with near ones."""
     del _registry[get(name).name]
+    stand_no_more(name)
 
 
 def names() -> tuple[str, ...]:
@@ -76,7 +79,7 @@ def get(name: str) -> Criterion:
 
 
 def collects(*wanted: str) -> tuple[str, ...]:
-    """What ``extract(collect=…)`` must sum for some criteria.
+    """Groups of sums that some criteria read; ``extract(collect=…)`` takes their names as well.
 
     Examples
     --------

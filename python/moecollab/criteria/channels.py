@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from moecollab.criteria.base import Criterion, Evidence, Needs
 
+_EPSILON = float(np.finfo(np.float64).eps)
 SMALLEST = 1e-12
 """Least standard deviation of a channel whose logarithm is taken."""
 
@@ -87,10 +88,10 @@ def _log_spread(
     total: NDArray[np.float64], squares: NDArray[np.float64], count: np.int64
 ) -> np.float64:
     """Σ_c log σ_c of one expert from sums of shape (hidden,)."""
-    variance = _around(total * total, squares, count)
-    variance /= np.maximum(count, 1)
-    np.maximum(variance, SMALLEST**2, out=variance)
-    return np.float64(np.log(variance, out=variance).sum() / 2)
+    n = np.maximum(count, 1)
+    around = _around(total * total, squares, count)
+    np.maximum(around, SMALLEST**2 * n, out=around)
+    return np.float64((np.log(around, out=around).sum() - len(around) * np.log(n)) / 2)
 
 
 def _around(
@@ -100,8 +101,7 @@ def _around(
     total_sq /= np.maximum(count, 1)
     np.subtract(squares, total_sq, out=total_sq)
     # What is left of equal numbers after subtraction is the sums' rounding, of either sign.
-    noise = (count + 4) * np.finfo(np.float64).eps * squares
-    np.copyto(total_sq, 0, where=total_sq <= noise)
+    np.copyto(total_sq, 0, where=total_sq <= (count + 4) * _EPSILON * squares)
     return total_sq
 
 

@@ -108,11 +108,15 @@ def token_rows(evidence: Evidence) -> Rows:
 
 def by_layer(rows: Rows, evidence: Evidence) -> Rows:
     """Each row cut into one for every layer that it has entries in."""
-    row = np.repeat(np.arange(rows.n_rows), np.diff(rows.indptr))
-    part = row * evidence.shape[0] + rows.sites // evidence.shape[1]
-    start = np.flatnonzero(np.diff(part, prepend=-1))
+    # Rows of patterns have millions of entries, of which nothing wider than they are is made.
+    layer = rows.sites // np.uint32(evidence.shape[1])
+    begins = np.empty(rows.nnz + 1, np.bool_)  # one more, for empty rows at the end
+    np.not_equal(layer[1:], layer[:-1], out=begins[1:-1])
+    begins[rows.indptr] = True
+    start = np.flatnonzero(begins[:-1])
+    row = np.searchsorted(rows.indptr, start, side="right") - 1
     indptr = np.append(start, rows.nnz)
-    return Rows(indptr, rows.sites, rows.values, rows.sample[row[start]], rows.n_sites)
+    return Rows(indptr, rows.sites, rows.values, rows.sample[row], rows.n_sites)
 
 
 def turned(rows: Rows, evidence: Evidence) -> Rows:
@@ -180,19 +184,23 @@ def explained_rows(
         A row for each atom, then one for each site; columns add up to `output`.
     """
     n_sites = atoms.shape[1]
-    explained = usage @ atoms
+    explained: NDArray[np.float64] = np.zeros(n_sites)
+    for atom, use in zip(atoms, usage, strict=True):
+        explained += use * atom
     whole = np.maximum(fitted, explained)
     share: NDArray[np.float64] = np.zeros(n_sites)
     np.divide(output, whole, out=share, where=whole > 0)
+    sites, values, each = [], [], share.astype(np.float32)
+    for atom, use in zip(atoms, usage.astype(np.float32), strict=True):
+        drawn = atom * use * each  # one atom at a time stays in the processor's cache
+        sites.append(np.flatnonzero(drawn > 0).astype(np.uint32))
+        values.append(drawn[sites[-1]])
+    lengths = [*map(len, sites), *[1] * n_sites]
     left = np.maximum(output - explained * share, 0).astype(np.float32)
-    drawn = atoms * usage.astype(np.float32)[:, None] * share.astype(np.float32)
-    # As compressed rows by masks: looking for the places takes far longer where atoms are full.
-    held, site = drawn > 0, np.arange(n_sites, dtype=np.uint32)
-    lengths = np.concatenate([held.sum(axis=1), np.ones(n_sites, np.int64)])
     return Rows(
-        np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        np.concatenate([np.broadcast_to(site, atoms.shape)[held], site]),
-        np.concatenate([drawn[held], left]),
+        np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]),
+        np.concatenate([*sites, np.arange(n_sites, dtype=np.uint32)]),
+        np.concatenate([*values, left]),
         np.arange(len(lengths), dtype=np.uint32),
         n_sites,
     )

@@ -15,11 +15,13 @@ from moecollab import criteria
 from moecollab.criteria.base import SUMMED, Criterion, Evidence, Needs, check_needs, needs_of
 from moecollab.criteria.probe import Shape, Text, check_same, read_probe
 from moecollab.criteria.scores import Scores
+from moecollab.embedded import located
 from moecollab.errors import SHARE, MissingInputError, SettingsError, ShapeError, StaleInputError
 from moecollab.manifest import refuse_existing
 from moecollab.record.activations import Activations
 from moecollab.record.counts import RoutingCounts, open_recorded
 from moecollab.record.tallies import Tallies
+from moecollab.settings import names_in
 
 if TYPE_CHECKING:
     from moecollab.models.groups import RouterGroups
@@ -44,6 +46,9 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
 ) -> Scores:
     """Scores of all experts by one criterion.
 
+    A model, text and patterns may be given to criteria that do without, so that all can be scored
+    by one call; they must be there all the same.
+
     Parameters
     ----------
     criterion : str
@@ -64,7 +69,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         Fraction of experts that will go, in [0, 1). Only criteria whose ranking depends on it, such
         as ``caep``, look at it; pass the one that ``plan`` will get.
     tokens : int, optional
-        Most tokens of the text to run, ≥ 1; all if None.
+        Most tokens of the `corpus` to run, ≥ 1; all if None.
     seed : int
         Seed of a criterion that draws, and of the choice of text under a limit, ≥ 0.
     out : path, optional
@@ -74,6 +79,8 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
 
     Raises
     ------
+    DataError
+        When the model, text or patterns that are given are not there or damaged.
     MissingInputError
         When the criterion needs something that was not recorded or given.
     StaleInputError
@@ -86,6 +93,9 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
     acts = None if activations is None else open_recorded(activations)
+    model = located(model)
+    _check_limited(tokens, corpus)
+    _check_readable(model, corpus)
     given = _given(model, corpus, patterns=collaboration is not None)
     check_needs(chosen, given | answers(acts))
     weights = _weights(model) if acts is None or Needs.WEIGHTS in chosen.needs else None
@@ -129,6 +139,25 @@ def _check_settings(drop: float, seed: int, tokens: int | None) -> None:
         raise SettingsError("seed", seed, "at least 0")
     if tokens is not None and tokens < 1:
         raise SettingsError("tokens", tokens, "1 or more, or None for all")
+
+
+def _check_limited(tokens: int | None, corpus: Text | None) -> None:
+    if tokens is not None and corpus is None:
+        raise SettingsError("tokens", tokens, "left out without corpus (--corpus), which it limits")
+
+
+def _check_readable(model: ModelLike | None, corpus: Text | None) -> None:
+    """Raises unless what is given as a path is there, whether the criterion reads it or not."""
+    if isinstance(model, str | PathLike):
+        from moecollab.models.loading import open_config
+        from moecollab.models.masked import read_masked
+
+        masked = read_masked(model)
+        open_config(str(model) if masked is None else masked[0], moe=False)
+    if corpus is not None:
+        from moecollab.record.corpus import check_there
+
+        check_there(corpus)
 
 
 def _given(model: ModelLike | None, corpus: Text | None, *, patterns: bool) -> Needs:
@@ -189,8 +218,7 @@ def _domains(
     """The domains that were asked for, if the criterion can be restricted to some."""
     if asked is None:
         return None
-    names = asked.split(",") if isinstance(asked, str) else asked
-    wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    wanted = list(dict.fromkeys(names_in("domains", asked)))
     if acts is None or not wanted:
         raise SettingsError("domains", asked, "some of those that were recorded")
     if criterion.needs & ~SUMMED:
@@ -258,11 +286,13 @@ def fitted_on(
     given: Collaboration | str | PathLike[str] | None,
 ) -> Collaboration | None:
     """The collaboration, if the criterion wants one, checked to belong to these activations."""
-    if given is None or acts is None or Needs.COLLABORATION not in criterion.needs:
+    if given is None:
         return None
     from moecollab.patterns.dictionary import Collaboration, load_collaboration
 
     patterns = given if isinstance(given, Collaboration) else load_collaboration(given)
+    if acts is None:
+        return None
     digest = acts.digest()
     if patterns.activations not in (None, digest):
         raise StaleInputError(
@@ -275,7 +305,7 @@ def fitted_on(
             f"the collaboration covers {sites} experts, but the activations have {acts.n_sites}; "
             "fit it on these activations"
         )
-    return patterns
+    return patterns if Needs.COLLABORATION in criterion.needs else None
 
 
 def _checked(

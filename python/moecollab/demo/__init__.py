@@ -6,7 +6,8 @@ domain, ``run_demo`` runs the whole pipeline on both.
 
 from __future__ import annotations
 
-from moecollab.demo.demo import MODEL, run_demo
+from moecollab.demo.demo import run_demo
 from moecollab.demo.text import read_questions
+from moecollab.embedded import MODEL
 
 __all__ = ["MODEL", "read_questions", "run_demo"]

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import moecollab as mc
 from moecollab.demo.text import read_questions
+from moecollab.embedded import MODEL
 from moecollab.errors import DataError, OutputExistsError, SettingsError
 from moecollab.manifest import write_bytes, write_json
 from moecollab.progress import track
-
-MODEL = Path(__file__).parent / "model"
-"""The embedded model: a stock transformers folder."""
 
 CRITERIA = ("coverage", "caep", "reap", "frequency", "random")
 DROPS = (0.25, 0.5)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from moecollab.embedded import located
 from moecollab.errors import MissingInputError
 from moecollab.evaluation.perplexity import encode
 from moecollab.manifest import digest_json
@@ -76,6 +77,7 @@ def open_subject(
     MissingInputError
         When no tokenizer is given and none lies beside the model.
     """
+    given = located(given)
     target = given.model if isinstance(given, Applied) else given
     model, beside = load_model(target, dtype, moe=False)
     path = str(target) if not isinstance(target, nn.Module) else _origin(model)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moecollab.embedded import located
 from moecollab.errors import UnsupportedModelError
 from moecollab.models.checkpoint import Checkpoint
-from moecollab.models.loading import ModelLike, open_config, skeleton
+from moecollab.models.loading import ModelLike, explained, open_config, skeleton
 from moecollab.models.masked import read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import router_rows
@@ -39,16 +40,21 @@ class Footprint:
 
         Raises
         ------
+        DataError
+            When there is no such model, or its files are damaged.
         UnsupportedModelError
             When files hold several weights in one number, as those quantised to 4 bits do.
         """
+        model = located(model)
         if isinstance(model, nn.Module):
             held = {id(value): value for value in _saved(model)}
             total = sum(value.numel() * value.element_size() for value in held.values())
             return cls._split(find_moe_layers(model), total, None)
         masked = read_masked(model)
         path = str(model) if masked is None else masked[0]
-        stored = list(Checkpoint.open(path).tensors.values())
+        config = open_config(path, moe=True)
+        with explained(path):
+            stored = list(Checkpoint.open(path).tensors.values())
         bits: dict[Any, int] = {}
         for one in stored:
             bits[one.dtype] = bits.get(one.dtype, 0) + one.n_bytes
@@ -58,7 +64,7 @@ class Footprint:
                 f"{path} holds packed weights ({kind}), of which no expert's bytes are known; give "
                 "a Footprint of expert=(bytes of one expert of each layer) and rest=(other bytes)"
             )
-        layers = find_moe_layers(skeleton(open_config(path, moe=True)))
+        layers = find_moe_layers(skeleton(config))
         return cls._split(layers, sum(bits.values()), kind)
 
     @classmethod

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from moecollab.embedded import located
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
 from moecollab.manifest import digest_bytes, digest_json, read_json
 from moecollab.models.masked import Mask, read_masked
@@ -51,7 +52,8 @@ def load_model(
     model : Module, path or hub name
         A loaded model is returned as it is, in its own mode; of one that ``torch.compile``
         returned, the model inside. A masked model's folder is loaded and masked; a pruned model
-        whose layers hold different numbers of experts is built so.
+        whose layers hold different numbers of experts is built so. "embedded" is the model that the
+        package holds, here as in every verb.
     dtype : {"auto", "float32", "bfloat16", "float16"}
         Type of the weights; "auto" is that of the files.
     device : str, optional
@@ -73,6 +75,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise SettingsError("dtype", dtype, f"one of {', '.join(DTYPES)}")
+    model = located(model)
     if isinstance(model, nn.Module):
         model = getattr(model, "_orig_mod", model)  # what torch.compile was given
         if moe:

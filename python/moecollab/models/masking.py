@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 from torch import nn
 
+from moecollab.embedded import located
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.gains import Blocked, Factors, Gains
@@ -53,6 +54,7 @@ def mask(
     PlanError
         When the plan does not fit the model, or the model is masked already.
     """
+    model = located(model)
     if mode not in get_args(Mode):
         raise SettingsError("mode", mode, f"one of {', '.join(get_args(Mode))}")
     if out is not None:

@@ -16,6 +16,7 @@ from moecollab import criteria
 from moecollab.criteria.base import Criterion, Needs
 from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
+from moecollab.embedded import located
 from moecollab.errors import DataError, SettingsError, StaleInputError
 from moecollab.manifest import MANIFEST, manifest, read_json, refuse_existing, write_json
 from moecollab.models.keep import read_keep
@@ -101,7 +102,7 @@ def iterate(  # noqa: PLR0913 (it records, scores and plans)
     StaleInputError
         When `out` holds rounds of another model, text or other settings.
     """
-    chosen = criteria.get(criterion)
+    chosen, model = criteria.get(criterion), located(model)
     _check(chosen, model, rounds, Budget(drop=drop, per=per, floor=floor))
     protected = sorted_sites("keep", keep)
     folder, text = Path(out), read_corpus(corpus)

@@ -11,6 +11,7 @@ from moecollab.criteria.scoring import answers, fitted_on
 from moecollab.errors import DataError, MissingInputError, SettingsError
 from moecollab.patterns.collaboration import Collaboration
 from moecollab.patterns.drawn import check_rows
+from moecollab.patterns.storage import load_collaboration
 from moecollab.pruning.draws import by_cell, count_folds, summed_groups
 from moecollab.record.activations import Activations, load_activations
 from moecollab.record.folds import SINGLE
@@ -45,10 +46,12 @@ def _opened(given: Recorded | Sequence[Recorded]) -> list[Activations]:
 def _listed(
     criterion: Criterion, given: Patterns | Sequence[Patterns] | None
 ) -> Sequence[Patterns]:
-    """The patterns, if the criterion wants some."""
-    if given is None or Needs.COLLABORATION not in criterion.needs:
+    """The patterns, if the criterion wants some; those that it does not must be there as well."""
+    if given is None:
         return []
-    return [given] if isinstance(given, Collaboration | str | PathLike) else list(given)
+    listed = [given] if isinstance(given, Collaboration | str | PathLike) else given
+    found = [one if isinstance(one, Collaboration) else load_collaboration(one) for one in listed]
+    return found if Needs.COLLABORATION in criterion.needs else []
 
 
 def _paired(

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from moecollab.embedded import located
 from moecollab.errors import DataError, PlanError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.keep import Keep, check_cut, check_keep, check_untied, read_keep
@@ -111,7 +112,7 @@ def prune(
         When experts of the family cannot be cut, its layers not be padded, or it is not certain
         what a tensor on disk is.
     """
-    size = parse_size(shard_size)
+    model, size = located(model), parse_size(shard_size)
     decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
     if uneven == "equalise" and isinstance(decided, Plan):
         decided = decided.equalised()

@@ -127,11 +127,16 @@ def _from_path(path: Path) -> Iterator[Document]:
             domain = parts[0] if len(parts) > 1 else lone
             yield from _from_file(file, domain, "/".join(parts))
         return
-    if not path.exists():
-        raise DataError(
-            f"corpus {path} does not exist; to pass text itself, give a list of strings"
-        )
+    check_there(path)
     yield from _from_file(path, path.stem, path.name)
+
+
+def check_there(source: object) -> None:
+    """Raises DataError if text is given as a path where nothing is."""
+    if isinstance(source, str | PathLike) and not Path(source).exists():
+        raise DataError(
+            f"corpus {source} does not exist; to pass text itself, give a list of strings"
+        )
 
 
 def _is_text(path: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from moecollab.embedded import located
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import digest_bytes, refuse_existing
 from moecollab.models.allocation import give_back
@@ -23,8 +24,9 @@ from moecollab.record.merging import merge_shards
 from moecollab.record.reading import Reader, WholeReader
 from moecollab.record.run import Run, Settings, Sums, lengths_of
 from moecollab.record.shards import ShardStore
-from moecollab.record.sums import GROUPS, names_of
+from moecollab.record.sums import GROUPS, groups_meant
 from moecollab.record.windows import Sample, group_shards, select_samples
+from moecollab.settings import names_in
 
 
 def extract(  # noqa: PLR0913 (the verb takes what the command takes)
@@ -67,8 +69,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         Whether to record norms of expert outputs, which some criteria need.
     collect : str or sequence of str
         What else to sum in the same pass, such as "channels,pairs": names in
-        :data:`moecollab.record.sums.GROUPS`; ``moecollab.criteria.collects`` says what criteria
-        need.
+        :data:`moecollab.record.sums.GROUPS`, or of criteria, for what they read: "coverage".
     context : int
         Tokens that the model reads at once; at most what the model was made for.
     batch_size : int
@@ -108,6 +109,7 @@ def extract(  # noqa: PLR0913 (the verb takes what the command takes)
         When a run into `out` was stopped that had another model, text or other settings, and
         `overwrite` is false.
     """
+    model = located(model)
     settings = Settings(
         tokens=tokens,
         norms=norms,
@@ -168,9 +170,7 @@ def collected(asked: str | Sequence[str], *, norms: bool = True) -> tuple[str, .
     SettingsError
         When a name is not known, or norms are asked for here and refused elsewhere.
     """
-    names = asked.split(",") if isinstance(asked, str) else asked
-    wanted = {name.strip() for name in names if name.strip()}
-    names_of(wanted)
+    wanted = groups_meant(names_in("collect", asked))
     if "norms" in wanted and not norms:
         raise SettingsError("norms", norms, "true to collect 'norms'")
     return tuple(group for group in GROUPS if group in wanted - {"routing", "norms"})

@@ -39,7 +39,11 @@ def add_tokens(
 def distinct(sketch: NDArray[np.uint8]) -> NDArray[np.float64]:
     """About how many different ids: float64 array, without the last axis of the sketch."""
     power = 2.0 ** -np.arange(256)
-    return _estimate(power[sketch].sum(axis=-1), (sketch == 0).sum(axis=-1))
+    total, empty = np.empty(sketch.shape[:-1]), np.empty(sketch.shape[:-1], np.int64)
+    for at in np.ndindex(sketch.shape[:-2]):  # numbers of one layer stay in the processor's cache
+        total[at] = power[sketch[at]].sum(axis=-1)
+        empty[at] = (sketch[at] == 0).sum(axis=-1)
+    return _estimate(total, empty)
 
 
 def _estimate(total: NDArray[np.float64], empty: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -59,14 +63,18 @@ def shared_by_all(sketch: NDArray[np.uint8]) -> NDArray[np.float64]:
     """About how many ids every pair saw: float64 (n, n) of sketches (n, 1024), as :func:`shared`.
 
     The registers of a union are the larger ones of both. Those at most v in both are counted for
-    all pairs by one product of matrices, so nothing is made for each pair.
+    all pairs by one product of matrices, so nothing is made for each pair; registers that are at
+    most v for all, or for none, are counted once.
     """
     top, n = int(sketch.max(initial=0)), len(sketch)
+    lowest, highest = sketch.min(axis=0, initial=255), sketch.max(axis=0, initial=0)
+    registers = np.ascontiguousarray(sketch.T)
     total: NDArray[np.float64] = np.full((n, n), REGISTERS * 2.0**-top)
     empty = np.full((n, n), REGISTERS if top == 0 else 0)
     for level in range(top):
-        least = (sketch <= level).astype(np.float32)
-        here = least @ least.T  # registers of the union that are at most this
+        least = (registers[(lowest <= level) & (level < highest)] <= level).astype(np.float32)
+        # Registers of the union that are at most this: whole numbers, exact in float32.
+        here = least.T @ least + np.float32((highest <= level).sum())
         total += here * np.float32(2.0 ** -(level + 1))  # Σ 2^-register, added up by parts
         if level == 0:
             empty = here.astype(np.int64)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moecollab.errors import SettingsError
+from moecollab.errors import SettingsError, unknown_name
 
 REGISTERS = 1024
 """Bytes of a sketch of the token ids that an expert saw."""
@@ -54,6 +54,35 @@ GROUPS: Mapping[str, str] = {
     "vocabulary": "sketch of the token ids that each expert saw; 1 KiB per expert",
 }
 """What can be recorded, by name."""
+
+_MEANT: dict[str, tuple[str, ...]] = {}
+
+
+def stand_for(name: str, groups: tuple[str, ...]) -> None:
+    """Lets a name be asked for in place of some groups, as criteria do for what they read."""
+    _MEANT[name] = groups
+
+
+def stand_no_more(name: str) -> None:
+    """Forgets such a name."""
+    del _MEANT[name]
+
+
+def groups_meant(asked: Iterable[str]) -> set[str]:
+    """The groups that are named, or stood for by a name.
+
+    Raises
+    ------
+    SettingsError
+        When a name is not known.
+    """
+    found: set[str] = set()
+    for name in asked:
+        if name not in GROUPS and name not in _MEANT:
+            raise unknown_name("collect", name, [*GROUPS, *_MEANT])
+        found |= {name} if name in GROUPS else set(_MEANT[name])
+    return found
+
 
 _SUMS = (
     Sum("count", "routing", "int64"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from moecollab.embedded import located
 from moecollab.errors import DataError, SettingsError, UnsupportedModelError
 from moecollab.evaluation.intervals import Interval, paired_interval
 from moecollab.evaluation.perplexity import HeldOut, Window, window_of
@@ -137,6 +138,7 @@ def repair(  # noqa: PLR0913 (each is a setting of the training)
     -----
     After Router KD (distil the router only); norms and the choice of the best state are added here.
     """
+    model = located(model)
     _check(plan, teacher)
     course = Course(steps, minutes, rate, batch_size, seed)
     if out is not None:

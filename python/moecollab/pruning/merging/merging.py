@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moecollab.criteria.probe import Text
+from moecollab.embedded import located
 from moecollab.errors import MissingInputError, SettingsError, UnsupportedModelError, unknown_name
 from moecollab.manifest import refuse_existing
 from moecollab.models.keep import check_cut, check_keep, check_untied
@@ -107,6 +108,7 @@ def merge(  # noqa: PLR0913 (a method may need any of these)
         When the family cannot be cut, run expert by expert, aligned or, under ``mone``, hold a
         constant.
     """
+    model = located(model)
     _check(how, router, align)
     if out is not None:
         refuse_existing(Path(out), overwrite=overwrite)
