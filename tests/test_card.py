@@ -10,7 +10,7 @@ from moecollab import evaluate
 from moecollab.errors import DataError, SchemaError
 from moecollab.models.keep import Keep
 from moecollab.models.loading import digest_base, digest_tensors, load_model
-from moecollab.models.masking import mask
+from moecollab.models.masking import amplify, mask
 from moecollab.models.routing import find_moe_layers
 from moecollab.models.streamed import StreamedModel
 from moecollab.pruning.plans import Plan
@@ -239,3 +239,28 @@ def test_names_stay_in_their_cell(base, tmp_path):
     prune(base, plan_of(), out=tmp_path / "small", evaluations=[tmp_path / "found.json"])
     body = read(tmp_path / "small")[1]
     assert "| a \\| b c | arc acc | 0.5 |  | 12 questions |" in body.splitlines()
+
+
+def test_what_is_on_a_loaded_model_is_told_however_it_is_given(base, tmp_path):
+    model, tokenizer = load_model(base)
+    other = Keep({1: (0, 1, 2, 3), 2: (1, 3, 6, 7)}, 8, 2)
+    settings = {"tokenizer": tokenizer, "corpus": ["a text of some length"] * 3}
+    with mask(model, other) as masked:
+        plain, given = (evaluate(one, **settings) for one in (model, masked))
+    with amplify(model, {(1, 0): 5.0}) as louder:
+        gained = evaluate(model, **settings)
+        both = evaluate(mask(model, other), **settings)
+        model_plans = [*both.plan["applied"]]
+    assert plain.plan == given.plan == other.as_json()
+    assert gained.plan == louder.as_json() == model_plans[0]
+    for found in (plain, gained, both):
+        with pytest.raises(DataError, match="of another plan than the one that is cut"):
+            prune(base, plan_of(), out=tmp_path / "small", evaluations=[found])
+    masked.remove()
+
+
+def test_a_mask_that_was_removed_is_not_told(base):
+    model, tokenizer = load_model(base)
+    masked = mask(model, plan_of())
+    masked.remove()
+    assert evaluate(masked, tokenizer=tokenizer, corpus=["a text of some length"] * 3).plan is None

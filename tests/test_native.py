@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import models
 from moecollab.criteria.scores import Scores, load_scores
 from moecollab.criteria.scoring import score
-from moecollab.errors import DataError, PlanError, SchemaError, SettingsError
+from moecollab.errors import DataError, PlanError, SchemaError, SettingsError, ShapeError
+from moecollab.models.footprint import Footprint
 from moecollab.models.groups import RouterGroups
 from moecollab.models.keep import Keep, keep_from_json, read_keep
 from moecollab.models.loading import load_model
@@ -259,3 +260,38 @@ def test_what_uneven_layers_refuse(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(value | {"experts_per_layer": [5]}))
     with pytest.raises(DataError, match="is not a whole plan"):
         load_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("counts", [(3,), (2, 2), (4, 3), (3, 3, 3)])
+def test_scores_of_layers_that_are_not_there_are_refused(counts):
+    values = np.ones((2, 3))
+    with pytest.raises(ShapeError, match=r"experts_per_layer of the scores is \["):
+        Scores(
+            criterion="frequency",
+            values=values,
+            counts=values.astype(np.int64),
+            layers=(0, 1),
+            top_k=1,
+            experts_per_layer=counts,
+        )
+
+
+def test_memory_takes_the_same_share_of_layers_that_differ():
+    scores, size = uneven_scores((8, 4), top_k=1), Footprint(expert=(1e9, 1e9), rest=0.0)
+    kept = {}
+    for memory in (12, 11, 10, 9, 8, 7, 6, 5, 4, 3):
+        made = plan(scores, memory_gb=float(memory), model=size)
+        kept[memory] = [len(ids) for ids in made.keep.values()]
+        assert sum(kept[memory]) <= memory
+    assert [kept[12], kept[11], kept[9], kept[6], kept[3]] == [
+        [8, 4],
+        [7, 4],
+        [6, 3],
+        [4, 2],
+        [2, 1],
+    ]
+    for drop in (0.1, 0.25, 0.5, 0.75):
+        by_share = [len(ids) for ids in plan(scores, drop=drop).keep.values()]
+        assert kept[sum(by_share)] == by_share
+    with pytest.raises(PlanError, match="left with per='layer' has 2 GB; raise memory_gb from 1 "):
+        plan(scores, memory_gb=1.0, model=size)

@@ -72,6 +72,7 @@ class Scores:
 
     def __post_init__(self) -> None:
         """Checks shapes and finiteness, and makes the arrays read-only."""
+        self._check_widths()
         for name, dtype in (("values", np.float64), ("counts", np.int64)):
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 2 or len(array) != len(self.layers):
@@ -90,6 +91,14 @@ class Scores:
             raise ShapeError(
                 f"the spread has shape {self.spread.low.shape}, but the scores "
                 f"{self.values.shape}; resample these scores"
+            )
+
+    def _check_widths(self) -> None:
+        found, widest = self.experts_per_layer, self.values.shape[-1]
+        if found is not None and (len(found) != len(self.layers) or max(found) != widest):
+            raise ShapeError(
+                f"experts_per_layer of the scores is {list(found)} for {len(self.layers)} layers "
+                f"of up to {widest} experts; give one number a layer, or None where all are alike"
             )
 
     def _check_content(self) -> None:

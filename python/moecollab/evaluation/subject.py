@@ -94,7 +94,7 @@ def open_subject(
         path=path or type(model).__name__,
         digest=_digest(model, tensors),
         base=digest_base(model, tensors),
-        plan=_plan_of(given),
+        plan=_plan_of(given, model),
     )
 
 
@@ -123,9 +123,10 @@ def _origin(model: Any) -> str:  # noqa: ANN401 (any model)
     return str(getattr(model, "name_or_path", "") or "")
 
 
-def _plan_of(given: Any) -> dict[str, Any] | None:  # noqa: ANN401 (path, model or what is applied to one)
-    """What is applied to a model, or kept experts of a masked model's folder."""
-    if isinstance(given, Applied):
-        return given.as_json()
-    kept = None if isinstance(given, nn.Module) else kept_of(given)
+def _plan_of(given: Any, model: Any) -> dict[str, Any] | None:  # noqa: ANN401 (as above)
+    """What is on a model now, however it was given, or what a cut model's folder keeps."""
+    applied = applied_to(model)
+    if applied:
+        return applied[0] if len(applied) == 1 else {"applied": applied}
+    kept = None if isinstance(given, nn.Module | Applied) else kept_of(given)
     return None if kept is None else kept.as_json()

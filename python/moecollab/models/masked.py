@@ -32,6 +32,9 @@ CHOICE_BIAS = "e_score_correction_bias"
 MASKED = "masked model"
 PRUNED = "pruned model"
 
+_CUT = "_moecollab_cut"
+"""Where a loaded model says which experts of the model in its folder it still has."""
+
 
 class Mask(Applied):
     """A mask that is on a model until :meth:`remove` is called or a ``with`` block ends.
@@ -118,11 +121,36 @@ def kept_of(path: str | PathLike[str]) -> Keep | None:
     return keep_from_json(kept, str(file)) if isinstance(kept, dict) else None
 
 
-def original_of(path: str | PathLike[str], keep: Keep) -> Keep | None:
+def cut_in_memory(model: object) -> Keep | None:
+    """The experts that a loaded model has, by ids of its folder, if it was cut since."""
+    return vars(model).get(_CUT) if isinstance(model, nn.Module) else None
+
+
+def note_cut(model: nn.Module, held: Keep) -> None:
+    """Remembers a cut in memory; `held` are the experts that are left, by the ids before it."""
+    vars(model)[_CUT] = composed(cut_in_memory(model), held)
+
+
+def composed(since: Keep | None, keep: Keep) -> Keep:
+    """What two cuts, one after the other, leave by the ids before the first."""
+    if since is None:
+        return keep
+    held = since.keep
+    ids = {layer: tuple(held[layer][one] for one in kept) for layer, kept in keep.keep.items()}
+    return replace(since, keep=ids, settings={})
+
+
+def original_of(path: str | PathLike[str], keep: Keep, since: Keep | None = None) -> Keep | None:
     """What a plan for a folder keeps, by ids of the first model that the folder was cut from.
 
-    None where the folder is of a whole model, or the plan of one that was cut in memory since.
+    None where the folder is of a whole model, or the plan of one that was changed unseen. `since`
+    is what was cut in memory before, of the model in the folder.
     """
+    if since is not None:
+        if {layer: len(held) for layer, held in since.keep.items()} != keep.counts:
+            return None
+        whole = composed(since, keep)
+        return original_of(path, whole) or whole
     file = Path(path) / MASK_FILE
     found = read_json(file) if file.is_file() else {}
     first = found.get("original") or (found.get("experts") if found.get("kind") == PRUNED else None)

@@ -20,7 +20,7 @@ from torch import nn
 from moecollab.errors import DataError, PlanError, SettingsError, UnsupportedModelError
 from moecollab.models.groups import router_groups
 from moecollab.models.keep import Keep
-from moecollab.models.padding import BIASES, NEVER
+from moecollab.models.padding import BIASES, NEVER, barred
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import (
     Change,
@@ -59,12 +59,16 @@ class Arrangement:
 
     @classmethod
     def as_is(cls, layers: Sequence[MoeLayer]) -> Arrangement:
-        """That of a model in memory, with all experts that it has."""
-        held = {layer.layer: tuple(range(layer.n_experts)) for layer in layers}
-        counts = tuple(map(len, held.values()))
-        differ = len(set(counts)) > 1
-        keep = Keep(held, max(counts), layers[0].top_k, {}, counts if differ else None)
-        return cls(keep, keep, native=differ)
+        """That of a model in memory: all experts that it has, without those that fill it up."""
+        counts = tuple(layer.n_experts for layer in layers)
+        differ, padding = len(set(counts)) > 1, barred(layers)
+        ids = {layer.layer: tuple(range(layer.n_experts)) for layer in layers}
+        held = Keep(ids, max(counts), layers[0].top_k, {}, counts if differ else None)
+        real = {
+            layer: tuple(one for one in all_ids if one not in padding.get(layer, ()))
+            for layer, all_ids in ids.items()
+        }
+        return cls(replace(held, keep=real), held, native=differ)
 
     @property
     def count(self) -> int:

@@ -99,12 +99,12 @@ class Allocation:
         return np.array([_rounded(share, int(n)) for n in units.size], dtype=np.int64)
 
     def _by_size(self) -> NDArray[np.int64]:
-        """Units that each layer gives up to fit: all alike, or what the drop-list takes of it.
+        """Units that each layer gives up to fit: the same share, or what the drop-list takes of it.
 
         Memory is a limit and no aim: no layer drops more because the list takes more of another.
         """
-        each = np.arange(max(0, int(self.units.may.min())) + 1)
-        n_gone = np.maximum(each[:, None], self.units.must)
+        each = _by_growing_shares(self.units.size)
+        n_gone = np.maximum(each[(each <= self.units.may).all(axis=1)], self.units.must)
         freed = n_gone @ np.asarray(self._bytes().expert) * self.units.n_groups
         found: NDArray[np.int64] = n_gone[self._first_that_fits(freed)]
         return found
@@ -171,8 +171,9 @@ class Allocation:
         if n == len(freed):
             least = total - freed[-1]
             raise PlanError(
-                f"the smallest checkpoint that can be left has {least / GB:.4g} GB; raise memory_gb"
-                f" from {self.budget.memory_gb:g} to {math.ceil(least / GB * 1e4) / 1e4:g} or more"
+                f"the smallest checkpoint that can be left with per={self.budget.per!r} has "
+                f"{least / GB:.4g} GB; raise memory_gb from {self.budget.memory_gb:g} to "
+                f"{math.ceil(least / GB * 1e4) / 1e4:g} or more"
             )
         return n
 
@@ -284,6 +285,13 @@ def _occurrences(sequence: NDArray[np.int64]) -> NDArray[np.int64]:
     found = np.empty_like(sequence)
     found[order] = np.arange(len(sequence)) - np.searchsorted(ranked, ranked)
     return found
+
+
+def _by_growing_shares(size: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What growing shares take of layers of these sizes, rounded: (n_shares, n_layers)."""
+    turns = [(2 * np.arange(1, n + 1) - 1) / (2 * n) for n in size]  # where one more goes
+    shares = np.unique(np.concatenate([[0.0], *turns]))
+    return np.stack([np.searchsorted(turn, shares, side="right") for turn in turns], axis=1)
 
 
 def _rounded(drop: float, n: int) -> int:

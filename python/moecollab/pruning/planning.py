@@ -69,12 +69,12 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         Most gigabytes (10⁹ bytes) of tensors in the checkpoint that is left; needs `model`. Kept
         are as many experts as fit, without those of the `drop_list`: they go even where all fit.
     per : {"layer", "model", "entropy", "similarity"}
-        How layers share the budget. "layer": every layer drops equally many; under `memory_gb`
-        some drop more if the `drop_list` takes more of them. "model": the lowest
-        scores of the model go. "entropy": layers keep experts in proportion to exp(H), H the
-        entropy of the shares of their scores. "similarity": GRAPE's allocation (arXiv:2604.06542,
-        :func:`moecollab.pruning.sequences.by_similarity`). With all but "layer", what one layer
-        cannot give goes elsewhere.
+        How layers share the budget. "layer": every layer drops equally many, or the same share
+        where layers differ; under `memory_gb` some drop more if the `drop_list` takes more of
+        them. "model": the lowest scores of the model go. "entropy": layers keep experts in
+        proportion to exp(H), H the entropy of the shares of their scores. "similarity": GRAPE's
+        allocation (arXiv:2604.06542, :func:`moecollab.pruning.sequences.by_similarity`). With all
+        but "layer", what one layer cannot give goes elsewhere.
     floor : int
         Experts that every layer keeps at least; never fewer than the router selects.
     groups : int, optional
@@ -142,6 +142,7 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         groups=known,
         sureness=_sureness(found, budget, kept) if not protected and not doomed else None,
         experts_per_layer=found.experts_per_layer,
+        drop_list=doomed,
     )
     if out is not None:
         made.save(out, overwrite=overwrite)

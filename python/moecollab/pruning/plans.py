@@ -56,6 +56,8 @@ class Plan:
         mean over those that stay; known from scores with a spread under the same budget.
     experts_per_layer : tuple of int, optional
         Routed experts of every layer before anything goes, where layers differ.
+    drop_list : dict of int to tuple of int
+        Expert ids that had to go.
     """
 
     keep: dict[int, tuple[int, ...]]
@@ -71,6 +73,7 @@ class Plan:
     groups: RouterGroups | None = None
     sureness: float | None = None
     experts_per_layer: tuple[int, ...] | None = None
+    drop_list: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that the plan can be carried out."""
@@ -88,6 +91,9 @@ class Plan:
         for layer, held in self.protected.items():
             if not set(held) <= set(self.keep.get(layer, ())):
                 raise PlanError(f"layer {layer} drops an expert it protects; make the plan again")
+        for layer, listed in self.drop_list.items():
+            if not set(listed) <= set(self.dropped.get(layer, ())):
+                raise PlanError(f"layer {layer} keeps an expert of its drop-list; make it again")
         if self.scores is not None and self.scores.shape != (len(self.keep), self.n_experts):
             raise ShapeError(
                 f"the plan has scores of shape {self.scores.shape}, expected "
@@ -149,22 +155,22 @@ class Plan:
             )
         n_groups, least = grouped(self.groups, self.top_k)
         counts = tuple(self.counts.values())
-        guarded = site_mask(self.protected, self.layers, self.n_experts)
         units = make_units(
             self.scores,
-            guarded,
-            np.zeros_like(guarded),
+            site_mask(self.protected, self.layers, self.n_experts),
+            site_mask(self.drop_list, self.layers, self.n_experts),
             counts=counts,
             n_groups=n_groups,
             least=least,
         )
         mean = (self.n_sites - self.n_dropped) / len(self.keep) / n_groups
         left = max(math.floor(mean + 0.5), int((units.size - units.may).max()))
-        left = min(left, int(units.size.min()))
+        left = min(left, int((units.size - units.must).min()))
         if (units.size - units.may).max() > left:
             raise PlanError(
                 f"one layer has {left * n_groups} experts and another protects more, so no number "
-                "is right for all; protect fewer, or pass uneven='native'"
+                "is right for all; protect fewer (or shorten the drop-list, whose experts do not "
+                "count), or pass uneven='native'"
             )
         kept = present(counts, self.n_experts) & ~units.gone(units.size - left)
         return replace(
@@ -196,6 +202,7 @@ class Plan:
                 if self.experts_per_layer is None
                 else {"experts_per_layer": list(self.experts_per_layer)}
             )
+            | ({"drop_list": with_text_keys(self.drop_list)} if self.drop_list else {})
             | ({} if self.sureness is None else {"sureness": self.sureness})
             | ({} if self.groups is None else {"router_groups": self.groups.as_json()})
         )
@@ -243,6 +250,7 @@ def plan_from_json(found: Mapping[str, Any], where: str) -> Plan:
             groups=groups_from_json(found.get("router_groups")),
             sureness=found.get("sureness"),
             experts_per_layer=counts_from_json(found.get("experts_per_layer"), len(found["keep"])),
+            drop_list=with_number_keys(found.get("drop_list", {})),
         )
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as cause:
         if isinstance(cause, PlanError | DataError | SettingsError):

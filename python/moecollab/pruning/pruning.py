@@ -18,7 +18,14 @@ from moecollab.errors import DataError, PlanError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.keep import Keep, check_cut, check_keep, check_untied, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
-from moecollab.models.masked import MASK_FILE, PRUNED, original_of, read_masked
+from moecollab.models.masked import (
+    MASK_FILE,
+    PRUNED,
+    cut_in_memory,
+    note_cut,
+    original_of,
+    read_masked,
+)
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import all_or_nothing, slice_experts, slice_router
 from moecollab.models.uneven import (
@@ -148,10 +155,10 @@ def _prune_loaded(
     check_cut(layers)
     check_untied(loaded, layers)
     arrangement = arranged(keep, how.uneven, layers)
-    before = Size.of_model(loaded)
+    before, since = Size.of_model(loaded), cut_in_memory(loaded)
     _cut(loaded, layers, arrangement)
     if out is not None:
-        note = {"kind": PRUNED} | arrangement.note(original_of(origin_of(model), keep))
+        note = {"kind": PRUNED} | arrangement.note(original_of(origin_of(model), keep, since))
         with written(loaded, tokenizer, model, Path(out), note, how) as folder:
             if how.about is not None:
                 write_card(folder, how.about, arrangement, before)
@@ -207,6 +214,7 @@ def _cut(model: nn.Module, layers: list[MoeLayer], arrangement: Arrangement) -> 
             if layer.layer in dummies:
                 changes.append(bar(layer, dummies[layer.layer]))
     set_count(model, layers[0], arrangement.count, arrangement.config_entry())
+    note_cut(model, arrangement.held)
 
 
 def _save(model: Any, folder: Path, size: int) -> None:  # noqa: ANN401

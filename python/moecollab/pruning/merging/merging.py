@@ -19,7 +19,7 @@ from moecollab.errors import MissingInputError, SettingsError, UnsupportedModelE
 from moecollab.manifest import refuse_existing
 from moecollab.models.keep import check_cut, check_keep, check_untied
 from moecollab.models.loading import ModelLike, load_model
-from moecollab.models.masked import original_of, read_masked
+from moecollab.models.masked import cut_in_memory, note_cut, original_of, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, all_or_nothing, slice_experts, slice_router
 from moecollab.models.stacks import expert_stacks, replace_stacks
@@ -123,7 +123,10 @@ def merge(  # noqa: PLR0913 (a method may need any of these)
     check_cut(layers)
     check_untied(loaded, layers)
     why, before = about(model, wanted.keep, _plan_of(plan)), Size.of_model(loaded)
-    source = Source(loaded, tokenizer, activations, corpus, tokens, seed)
+    source, since = (
+        Source(loaded, tokenizer, activations, corpus, tokens, seed),
+        cut_in_memory(loaded),
+    )
     with torch.no_grad(), _evaluating(loaded):
         if how == NOVICES:
             with_novices(layers, wanted, source)
@@ -134,7 +137,7 @@ def merge(  # noqa: PLR0913 (a method may need any of these)
             groups = _merge(loaded, layers, wanted, adjusted, source)
             told = of_groups(wanted, groups, adjusted)
     if out is not None:
-        original = original_of(origin_of(model), told.arrangement.keep)
+        original = original_of(origin_of(model), told.arrangement.keep, since)
         note = told.arrangement.note(original) | told.note
         writing = Writing(shard_size=SHARD, overwrite=overwrite)
         with written(loaded, tokenizer, model, Path(out), note, writing) as folder:
@@ -194,6 +197,7 @@ def _merge(
                 changes += _merge_layer(layer, chosen, method, finder.of(layer, seen, method))
                 bar.advance()
     set_count(model, layers[0], len(groups[layers[0].layer]))
+    note_cut(model, places_of(wanted.keep, groups))
     return groups
 
 
