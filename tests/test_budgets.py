@@ -452,7 +452,8 @@ def alike(n_layers, n_experts, pairs):
 
 def units_of(scores, top_k=1):
     none = np.zeros(scores.shape, dtype=bool)
-    return make_units(scores, none, none, n_groups=1, least=top_k)
+    counts = (scores.shape[1],) * len(scores)
+    return make_units(scores, none, none, counts=counts, n_groups=1, least=top_k)
 
 
 def test_the_layer_that_is_most_alike_gives_first():
@@ -502,7 +503,7 @@ def test_sequences_name_every_unit_that_can_go():
     values = rng.random((3, 6))
     units = units_of(values, top_k=2)
     similarity = np.ones((3, 6, 6))
-    for order in (by_entropy(units, values), by_similarity(units, similarity)):
+    for order in (by_entropy(units, values, values >= 0), by_similarity(units, similarity)):
         assert np.bincount(order).tolist() == [4, 4, 4]
 
 

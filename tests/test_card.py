@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 
 import models
 from moecollab import evaluate
 from moecollab.errors import DataError, SchemaError
 from moecollab.models.keep import Keep
-from moecollab.models.masking import mask
+from moecollab.models.loading import digest_base, digest_tensors, load_model
+from moecollab.models.masking import amplify, mask
 from moecollab.models.routing import find_moe_layers
+from moecollab.models.streamed import StreamedModel
 from moecollab.pruning.plans import Plan
 from moecollab.pruning.pruning import prune
 
@@ -51,6 +54,13 @@ def read(folder):
     text = (folder / "README.md").read_text()
     front, _, body = text.removeprefix("---\n").partition("---\n")
     return front.splitlines(), body
+
+
+def evaluation(folder, **more):
+    """An evaluation of a model, as its file has it."""
+    model = load_model(folder)[0]
+    inputs = {"base": digest_base(model, digest_tensors(model))}
+    return {"kind": "evaluation", "format": 1, "inputs": inputs} | more
 
 
 def rows(body, start):
@@ -134,9 +144,8 @@ def test_costs(base, tmp_path, texts):
 
 def test_costs_of_tasks(base, tmp_path):
     task = {"task": "arc", "metric": "acc", "value": 0.512345, "stderr": None, "n": 1200}
-    found = {"kind": "evaluation", "format": 1, "name": "x", "documents": None, "tasks": [task]}
     path = tmp_path / "found.json"
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(evaluation(base, name="x", documents=None, tasks=[task])))
     prune(base, plan_of(), out=tmp_path / "small", evaluations=[path])
     table = rows(read(tmp_path / "small")[1], "| model | measure")
     assert table == [["x", "arc acc", "0.5123", "", "1,200 questions"]]
@@ -188,10 +197,70 @@ def test_evaluations_of_other_plans_are_refused(base, tmp_path, texts):
     assert rows(read(tmp_path / "smaller")[1], "| model | measure")[0][0] == "whole"
 
 
+@pytest.mark.parametrize("given", ["folder", "loaded"])
+def test_evaluations_of_other_models_are_refused(given, base, tmp_path, texts):
+    other = models.save("qwen3_moe", tmp_path / "other", seed=1)
+    (tmp_path / "renamed").symlink_to(base)  # the same weights at another place
+    same = evaluate(tmp_path / "renamed", corpus=texts, name="same")
+    whole = evaluate(other, corpus=texts, name="whole")
+    with mask(other, plan_of()) as tried:
+        masked = evaluate(tried, corpus=texts, tokenizer=models.build_tokenizer(), name="masked")
+    model = base if given == "folder" else load_model(base)[0]
+    for foreign in (whole, masked):
+        message = f"evaluation '{foreign.name}' is of another model, .*other.* than the one"
+        with pytest.raises(DataError, match=message):
+            prune(model, plan_of(), out=tmp_path / "small", evaluations=[same, foreign])
+    old = evaluation(base, name="old", documents=None, tasks=[]) | {"inputs": {}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    with pytest.raises(DataError, match=r"another model, not named \(weights not told\)"):
+        prune(model, plan_of(), out=tmp_path / "small", evaluations=[tmp_path / "old.json"])
+    assert not (tmp_path / "small").exists()
+    prune(model, plan_of(), out=tmp_path / "small", evaluations=[same])
+    assert rows(read(tmp_path / "small")[1], "| model | measure")[0][0] == "same"
+
+
+def test_no_mask_changes_the_digest_of_the_base(family, tmp_path):
+    folder = models.save(family, tmp_path / "base")
+    model = load_model(folder)[0]
+    before = digest_base(model, digest_tensors(model))
+    layers = find_moe_layers(model)
+    with mask(model, Keep({one.layer: (0, 2, 5, 7) for one in layers}, 8, 2)):
+        assert digest_base(model, digest_tensors(model)) == before
+    assert StreamedModel(folder, device="cpu").digest_base() == before
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0] += 1
+    assert digest_base(model, digest_tensors(model)) != before
+
+
 def test_names_stay_in_their_cell(base, tmp_path):
     task = {"task": "arc", "metric": "acc", "value": 0.5, "stderr": None, "n": 12}
-    found = {"kind": "evaluation", "format": 1, "name": "a | b\nc", "documents": None}
-    (tmp_path / "found.json").write_text(json.dumps(found | {"tasks": [task]}))
+    found = evaluation(base, name="a | b\nc", documents=None, tasks=[task])
+    (tmp_path / "found.json").write_text(json.dumps(found))
     prune(base, plan_of(), out=tmp_path / "small", evaluations=[tmp_path / "found.json"])
     body = read(tmp_path / "small")[1]
     assert "| a \\| b c | arc acc | 0.5 |  | 12 questions |" in body.splitlines()
+
+
+def test_what_is_on_a_loaded_model_is_told_however_it_is_given(base, tmp_path):
+    model, tokenizer = load_model(base)
+    other = Keep({1: (0, 1, 2, 3), 2: (1, 3, 6, 7)}, 8, 2)
+    settings = {"tokenizer": tokenizer, "corpus": ["a text of some length"] * 3}
+    with mask(model, other) as masked:
+        plain, given = (evaluate(one, **settings) for one in (model, masked))
+    with amplify(model, {(1, 0): 5.0}) as louder:
+        gained = evaluate(model, **settings)
+        both = evaluate(mask(model, other), **settings)
+        model_plans = [*both.plan["applied"]]
+    assert plain.plan == given.plan == other.as_json()
+    assert gained.plan == louder.as_json() == model_plans[0]
+    for found in (plain, gained, both):
+        with pytest.raises(DataError, match="of another plan than the one that is cut"):
+            prune(base, plan_of(), out=tmp_path / "small", evaluations=[found])
+    masked.remove()
+
+
+def test_a_mask_that_was_removed_is_not_told(base):
+    model, tokenizer = load_model(base)
+    masked = mask(model, plan_of())
+    masked.remove()
+    assert evaluate(masked, tokenizer=tokenizer, corpus=["a text of some length"] * 3).plan is None

@@ -21,6 +21,8 @@ from moecollab.errors import (
 from moecollab.evaluation.comparing.grid import Grid, calibration
 from moecollab.evaluation.comparing.notes import rank_note
 from moecollab.evaluation.comparing.standing import Block, critical_difference
+from moecollab.models.keep import Keep
+from moecollab.models.routing import find_moe_layers
 from moecollab.record.corpus import read_corpus
 from test_tasks import write_task
 
@@ -249,6 +251,19 @@ def test_one_text_or_number_stands_for_a_list():
     found = Grid(criteria="reap, random", drops=0.25, per="layer,model")
     assert found == Grid(criteria=("reap", "random"), drops=(0.25,), per=("layer", "model"))
     assert Grid(criteria=["reap"], drops=[np.float32(0.5)], per=["layer"]).drops == (0.5,)
+
+
+def test_a_pruned_folder_is_compared_and_a_masked_one_refused(folder, tmp_path):
+    kept = tuple(range(6))
+    layers = [one.layer for one in find_moe_layers(models.build("qwen2_moe"))]
+    keep = Keep(dict.fromkeys(layers, kept), 8, 2)
+    mc.prune(folder, keep, out=tmp_path / "small")
+    mc.mask(folder, keep, out=tmp_path / "masked")
+    only = {"criteria": "frequency", "per": "layer", "seeds": 1}
+    made = run(tmp_path / "small", tmp_path / "out", **only)
+    assert made.measures == ["loss"]
+    with pytest.raises(DataError, match="is masked already"):
+        run(tmp_path / "masked", tmp_path / "other", **only)
 
 
 def test_a_loaded_model_is_left_as_it_was(tokenizer, tmp_path):

@@ -172,7 +172,7 @@ def test_file_is_complete(measured, tmp_path):
     assert found.as_json() == measured.as_json()
     raw = json.loads(path.read_text())
     assert path.read_text() == json.dumps(raw, sort_keys=True, indent=1) + "\n"
-    assert set(raw["inputs"]) == {"model", "tokenizer", "corpus"}
+    assert set(raw["inputs"]) == {"model", "base", "tokenizer", "corpus"}
     assert {"torch", "transformers", "lm-eval", "moecollab"} <= set(raw["versions"])
     with pytest.raises(OutputExistsError, match="exists"):
         measured.save(path)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -219,6 +221,43 @@ def test_novices_give_their_mean_output_and_the_rest_stays():
     for path, value in expert_stacks(find_moe_layers(model)[0]).items():
         old = expert_stacks(find_moe_layers(whole)[0])[path]
         assert torch.equal(value[[0, 2, 3, 5, 6]], old[[0, 2, 3, 5, 6]])
+
+
+FRESH = """
+import sys
+sys.modules["moecollab"] = None  # an import of it is an error
+import torch
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False).eval()
+with torch.inference_mode():
+    found = model(input_ids=torch.load(sys.argv[2], weights_only=True)).logits
+torch.save(found, sys.argv[3])
+"""
+
+
+def test_a_folder_with_novices_is_a_stock_model(tmp_path):
+    """In a fresh process without us, it computes what the model in memory does."""
+    base, out = tmp_path / "base", tmp_path / "novices"
+    zoo.build("gpt_oss").save_pretrained(base)
+    keep = keeping(zoo.build("gpt_oss"), (0, 2, 3, 5, 6))
+    merged = merge(base, keep, how="mone", corpus=windows(), out=out)
+    ids = zoo.batch()["input_ids"]
+    torch.save(ids, tmp_path / "ids.pt")
+    files = [str(one) for one in (out, tmp_path / "ids.pt", tmp_path / "logits.pt")]
+    run = subprocess.run([sys.executable, "-c", FRESH, *files], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(found, zoo.output_of(merged, {"input_ids": ids}))
+    whole = AutoModelForCausalLM.from_pretrained(base).eval()
+    assert not torch.allclose(found, zoo.output_of(whole, {"input_ids": ids}), atol=1e-3)
+    note = json.loads((out / "moecollab.json").read_text())
+    assert note["kind"] == "model with novices"
+    assert note["loads"].startswith("loads in transformers")
+    n_constant = 3 * len(find_moe_layers(whole))
+    assert (
+        f"{n_constant} of {8 * n_constant // 3} experts constant" in (out / "README.md").read_text()
+    )
 
 
 def test_novices_elsewhere_are_refused():

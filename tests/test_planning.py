@@ -18,7 +18,7 @@ from moecollab.errors import (
     SettingsError,
 )
 from moecollab.pruning.planning import plan
-from moecollab.pruning.plans import Plan, load_plan
+from moecollab.pruning.plans import Plan, load_plan, plan_from_json
 from scored import make_scores, planned
 
 
@@ -293,3 +293,17 @@ def test_scores_made_for_another_drop_are_refused():
 def test_plan_without_top_k_is_refused():
     with pytest.raises(PlanError, match="at least one expert"):
         Plan(keep={0: ()}, n_experts=4, top_k=0, criterion="x", drop=0.5, per="layer")
+
+
+def test_equalised_plans_keep_nothing_of_a_drop_list(tmp_path):
+    scores = make_scores([[9, 1, 2, 3, 4, 5], [10, 20, 30, 40, 50, 60]])
+    made = plan(scores, experts=8, per="model", drop_list={0: [0]}, out=tmp_path / "plan.json")
+    assert made.keep == {0: (4, 5), 1: (0, 1, 2, 3, 4, 5)}
+    assert made.equalised().keep == {0: (2, 3, 4, 5), 1: (2, 3, 4, 5)}
+    assert load_plan(tmp_path / "plan.json") == made
+    assert load_plan(tmp_path / "plan.json").equalised() == made.equalised()
+    long = plan(scores, experts=9, per="model", drop_list={0: [0, 3, 4]})
+    assert long.equalised().keep == {0: (1, 2, 5), 1: (3, 4, 5)}
+    bad = json.loads((tmp_path / "plan.json").read_text()) | {"drop_list": {"1": [5]}}
+    with pytest.raises(PlanError, match="layer 1 keeps an expert of its drop-list"):
+        plan_from_json(bad, "plan.json")

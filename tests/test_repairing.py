@@ -3,10 +3,13 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import models
@@ -18,6 +21,7 @@ from moecollab.evaluation.repairing.trainable import Trainable
 from moecollab.models.keep import Keep
 from moecollab.models.masked import Mask
 from moecollab.models.routing import find_moe_layers
+from moecollab.pruning.merging.merging import merge
 from moecollab.pruning.plans import Plan
 from moecollab.pruning.pruning import prune
 from moecollab.record.corpus import read_corpus
@@ -124,6 +128,66 @@ def test_checkpoint_is_the_repaired_model_and_repeats_exactly(tmp_path, token_id
     assert note["experts"]["keep"]["1"] == list(KEPT)
     assert note["repaired"]["gain"] == pytest.approx(found.before - found.after)
     assert "gain" in repr(found)
+
+
+def pruned_folder(base, out):
+    prune(base, plan_of(models.build("qwen3_moe")), out=out)
+
+
+def merged_folder(base, out):
+    plan = plan_of(models.build("qwen3_moe"))
+    merge(base, plan, how="ream", corpus=[np.arange(3, 60)], out=out)
+
+
+def kl_of(whole, small, documents, tokenizer):
+    """KL(whole ‖ small) in nats per token, document by document."""
+    total, n = 0.0, 0
+    for text in documents:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            first, second = (
+                one(input_ids=ids).logits.double().log_softmax(-1) for one in (whole, small)
+            )
+        total += float((first.exp() * (first - second)).sum())
+        n += ids.shape[1]
+    return total / n
+
+
+@pytest.mark.parametrize("make", [pruned_folder, merged_folder])
+def test_two_folders_through_the_command(make, tmp_path):
+    """The teacher whole, the student pruned or merged: both on disk, and both left as they are."""
+    base = models.save("qwen3_moe", tmp_path / "base")
+    small, out = tmp_path / "small", tmp_path / "repaired"
+    make(base, small)
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": one}) + "\n" for one in corpus()))
+    before = {path: path.read_bytes() for one in (base, small) for path in one.iterdir()}
+    more = ["--steps", "12", "--rate", "0.002", "--batch-size", "4", "--out", out]
+    arguments = ["repair", small, text, "--teacher", base, *more]
+    run = subprocess.run(
+        [sys.executable, "-m", "moecollab", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith(f"{out}: Repair(KL from the whole model")
+    assert all(path.read_bytes() == held for path, held in before.items())
+    note, first = (json.loads((one / "moecollab.json").read_text()) for one in (out, small))
+    told = note.pop("repaired")
+    assert note == first
+    assert told["steps"] > 0
+    assert told["after"] <= told["before"]
+    tensors = [load_file(one / "model.safetensors") for one in (small, out)]
+    changed = {
+        name for name, value in tensors[0].items() if not torch.equal(tensors[1][name], value)
+    }
+    assert changed
+    assert all("norm" in name or "gate.weight" in name for name in changed)
+    whole, student, repaired = (
+        AutoModelForCausalLM.from_pretrained(one).eval() for one in (base, small, out)
+    )
+    judged = [one.text for one in _parts(read_corpus(text), 0)[2].documents]
+    for model, value in ((student, told["before"]), (repaired, told["after"])):
+        found = kl_of(whole, model, judged, models.build_tokenizer())
+        assert found == pytest.approx(value, rel=1e-3)
 
 
 def test_no_steps_are_plain_pruning(tmp_path, token_ids, logits):

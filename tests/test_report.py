@@ -19,11 +19,13 @@ from moecollab.evaluation.differences import differences
 from moecollab.evaluation.evaluation import Evaluation, load_evaluation
 from moecollab.evaluation.repetition import ends_in_loop, longest_loop
 from moecollab.pruning.planning import plan
-from moecollab.pruning.plans import load_plan
+from moecollab.pruning.plans import Plan, load_plan
 from moecollab.pruning.rankings import agreement
 from moecollab.reporting import numbers
 from moecollab.reporting.costs import costs_of
+from moecollab.reporting.drops import drops_of
 from moecollab.reporting.expert_use import ExpertUse
+from moecollab.reporting.figures.experts import score_strip, use_map
 from moecollab.reporting.findings import cost_findings
 from moecollab.reporting.history import fit_history
 from moecollab.reporting.material import gather
@@ -534,6 +536,35 @@ def test_use_by_hand():
     assert use.divergence == pytest.approx([1.0, 0.0])
     assert use.leaning.tolist() == [[0, 1], [0, -1]]
     assert use.lift[0].tolist() == [[2.0, 0.0], [1.0, 0.0]]
+
+
+def test_sites_that_are_no_experts_are_neither_drawn_nor_counted():
+    shares = np.array([[0.4, 0.3, 0.3], [0.9, 0.1, 0.0]])
+    use = ExpertUse(
+        layers=(3, 7),
+        domains=("a", "b"),
+        overall=shares,
+        by_domain=np.stack([shares, shares]),
+        counts=np.array([[50, 50, 50], [50, 50, 0]]),
+        present=np.array([[True, True, True], [True, True, False]]),
+    )
+    assert use.busiest(0.4) == pytest.approx((0.9 + 0.4) / 2)  # two of five, not of six
+    for trace in use_map(use, {}, ("a", "b")).data:
+        assert np.isnan(trace.z[1, 2])
+        assert np.isfinite(trace.z).sum() == 5
+    made = Plan(
+        keep={3: (0, 1), 7: (1,)},
+        n_experts=3,
+        top_k=1,
+        criterion="reap",
+        drop=0.4,
+        per="layer",
+        scores=np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 0.0]]),
+        experts_per_layer=(3, 2),
+    )
+    kept, dropped = score_strip(drops_of(made, (), use, {})).data
+    assert list(zip(kept.y, kept.x, strict=True)) == [("3", 3.0), ("3", 2.0), ("7", 2.0)]
+    assert list(zip(dropped.y, dropped.x, strict=True)) == [("3", 1.0), ("7", 1.0)]
 
 
 def test_the_objective_is_the_sum_of_its_terms_in_every_round(run):

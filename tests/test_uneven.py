@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -16,6 +17,7 @@ from moecollab.models.masked import Mask, kept_of
 from moecollab.models.masking import mask
 from moecollab.models.routing import find_moe_layers
 from moecollab.models.uneven import shrunk
+from moecollab.pruning.merging.merging import merge
 from moecollab.pruning.pruning import prune
 
 SPREAD = ("deepseek_v32", "gpt_oss", "ernie4_5_moe", "afmoe", "zaya", "longcat_flash", "dbrx")
@@ -170,4 +172,12 @@ def test_padding_cannot_be_kept(given, tmp_path):
         model = model.bfloat16()
     with pytest.raises(PlanError, match=r"layer 2 would keep experts \[0\], which are padding"):
         prune(model, Keep({1: (0, 1), 2: (0, 1)}, 4, 2), out=tmp_path / "small")
-    prune(model, Keep({1: (0, 1), 2: (1, 3)}, 4, 2), out=tmp_path / "small")
+    padded = Keep({1: (0, 1), 2: (0, 1)}, 4, 2)
+    with pytest.raises(PlanError, match=r"layer 2 would keep experts \[0\], which are padding"):
+        mask(model, padded, out=tmp_path / "masked")
+    for groups in (padded, {1: [[0, 1], [2, 3]], 2: [[0, 1], [2, 3]]}):
+        with pytest.raises(PlanError, match=r"layer 2 would keep experts \[0.*\], which are padd"):
+            merge(model, groups, how="dek", corpus=[np.arange(3, 20)], out=tmp_path / "merged")
+    assert not any((tmp_path / name).exists() for name in ("masked", "merged"))
+    assert mask(model, padded, mode="zero")  # an analysis, after which the routers are as they were
+    prune(load_model(model)[0], Keep({1: (0, 1), 2: (1, 3)}, 4, 2), out=tmp_path / "small")

@@ -318,6 +318,8 @@ def _size(name: str, value: torch.Tensor) -> float:
         return 0.1
     if last.endswith("bias"):
         return 0.05
+    if last.endswith("decay") or last == "slope_rate":
+        return 0.0  # tables of lightning attention, without which it looks ahead
     return 0.15 if value.dim() >= 2 and value.is_floating_point() else 0.0
 
 

@@ -6,9 +6,8 @@ import pytest
 import models
 from moecollab import criteria
 from moecollab.criteria.base import Criterion, Needs
-from moecollab.criteria.probe import Shape
 from moecollab.criteria.scoring import score
-from moecollab.errors import MissingInputError, SettingsError, ShapeError, UnsupportedModelError
+from moecollab.errors import MissingInputError, SettingsError, ShapeError
 from moecollab.models.routing import find_moe_layers
 from moecollab.models.slicing import slice_experts, slice_router
 from moecollab.record.extraction import extract
@@ -99,15 +98,6 @@ def test_tokens_need_single_tokens(seen, acts):
     assert score("watch", acts).n_sites == 12
 
 
-def test_layers_of_different_sizes_are_refused(acts):
-    message = r"layer 3 has 4 experts and layer 1 6, but scores hold the same number"
-    with pytest.raises(UnsupportedModelError, match=message):
-        Shape.of((1, 3), (6, 4), 2)
-    uneven = {**acts.manifest, "model": {**acts.manifest["model"], "experts_per_layer": [6, 4]}}
-    with pytest.raises(UnsupportedModelError, match=message):
-        score("frequency", type(acts)(acts.path, uneven))
-
-
 def test_a_recording_names_layers_of_different_sizes(tmp_path, texts, tokenizer):
     """Cut by hand, as no family of transformers is built so."""
     model = models.build("qwen2_moe")
@@ -116,8 +106,11 @@ def test_a_recording_names_layers_of_different_sizes(tmp_path, texts, tokenizer)
     slice_experts(layer, range(6))
     found = extract(model, texts, out=tmp_path / "acts", tokenizer=tokenizer)
     assert found.experts_per_layer == (8, 6, 8)
-    with pytest.raises(UnsupportedModelError, match="layer 1 has 6 experts and layer 0 8"):
-        score("frequency", found)
+    scores = score("frequency", found, model=model)
+    assert (scores.n_sites, scores.table().height) == (22, 22)
+    assert (scores.values == found.tallies().total().count).all()
+    with pytest.raises(ShapeError, match="give the model that was recorded"):
+        score("weight_norm", found, model=models.build("qwen2_moe"))
 
 
 def test_one_pass_of_a_real_model_answers_every_criterion(model_folder, texts, tmp_path, fitted):

@@ -159,6 +159,9 @@ class Evidence:
         Fraction of experts that will go, in [0, 1); used by methods whose ranking depends on it.
     seed : int
         Seed of a criterion that draws.
+    experts_per_layer : tuple of int, optional
+        Experts of every layer, where layers differ; arrays then hold sites that are no experts,
+        past a layer's own, and what they score is not looked at.
     """
 
     tallies: Tallies
@@ -171,6 +174,19 @@ class Evidence:
     probe: tuple[NDArray[np.int64], ...] = ()
     drop: float = 0.25
     seed: int = 0
+    experts_per_layer: tuple[int, ...] | None = None
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Experts of every layer."""
+        return self.experts_per_layer or (self.shape[1],) * self.shape[0]
+
+    def stacked(self, rows: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Scores of every layer's own experts as (n_layers, n_experts), 0 where there is none."""
+        found = np.zeros(self.shape)
+        for row, own in enumerate(rows):
+            found[row, : len(own)] = own
+        return found
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -62,8 +62,8 @@ def ets(evidence: Evidence, /) -> NDArray[np.float64]:
 
 def _by_pairs(alike: NDArray[np.float64], evidence: Evidence) -> NDArray[np.float64]:
     """Ranks of every layer's experts from the likeness of pairs: (n_layers, n_experts)."""
-    counts = evidence.tallies.count
-    return np.stack([_fall(*layer) for layer in zip(alike, counts, strict=True)])
+    layers = zip(alike, evidence.tallies.count, evidence.counts, strict=True)
+    return evidence.stacked(_fall(pairs[:n, :n], count[:n]) for pairs, count, n in layers)
 
 
 def _fall(alike: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.float64]:

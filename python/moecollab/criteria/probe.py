@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from moecollab.errors import SettingsError, ShapeError, UnsupportedModelError
+from moecollab.errors import SettingsError, ShapeError
 
 if TYPE_CHECKING:
     from moecollab.models.routing import MoeLayer
@@ -33,33 +33,25 @@ class Shape:
     layers : tuple of int
         The model's own indices of its MoE layers.
     n_experts : int
-        Routed experts in each layer.
+        Routed experts in each layer; the most that one has where layers differ.
     top_k : int
         Experts that the router selects per token.
+    experts_per_layer : tuple of int, optional
+        Routed experts of every layer, where layers differ.
     """
 
     layers: tuple[int, ...]
     n_experts: int
     top_k: int
+    experts_per_layer: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, layers: Iterable[int], counts: Iterable[int], top_k: int) -> Shape:
-        """The shape of a model with these layers and as many experts in each.
-
-        Raises
-        ------
-        UnsupportedModelError
-            When layers have different numbers of experts.
-        """
+        """The shape of a model with these layers and as many experts in each."""
         numbered = dict(zip(layers, counts, strict=True))
-        if len(set(numbered.values())) > 1:
-            low, high = (pick(numbered, key=lambda at: numbered[at]) for pick in (min, max))
-            raise UnsupportedModelError(
-                f"layer {low} has {numbered[low]} experts and layer {high} {numbered[high]}, but "
-                "scores hold the same number for every layer; record and score the uncut model, "
-                "masked by a plan, which keeps the experts' ids"
-            )
-        return cls(tuple(numbered), next(iter(numbered.values())), top_k)
+        held = tuple(numbered.values())
+        differ = len(set(held)) > 1
+        return cls(tuple(numbered), max(held), top_k, held if differ else None)
 
     @classmethod
     def recorded(cls, acts: Activations | RoutingCounts) -> Shape:

@@ -18,6 +18,7 @@ from moecollab.criteria.spread import ARRAYS, Spread
 from moecollab.errors import DataError, SchemaError, ShapeError
 from moecollab.manifest import check_manifest, manifest, write_bytes
 from moecollab.models.groups import RouterGroups, groups_from_json
+from moecollab.models.widths import counts_from_json, present
 
 KIND, FORMAT = "scores", 1
 COLUMNS: dict[str, Any] = {
@@ -39,7 +40,7 @@ class Scores:
     criterion : str
         Name of the criterion that made them.
     values : float64 array of shape (n_layers, n_experts)
-        Scores, finite.
+        Scores, finite; 0 past the experts of a layer that has fewer than others.
     counts : int64 array of shape (n_layers, n_experts)
         Tokens that were routed to each expert.
     layers : tuple of int
@@ -54,6 +55,8 @@ class Scores:
         Groups that the routers choose among, of which plans must keep equal numbers.
     spread : Spread, optional
         How far they would vary with other documents; :func:`moecollab.uncertainty` finds it.
+    experts_per_layer : tuple of int, optional
+        Routed experts of every layer, where layers differ; `n_experts` is the most of one.
     """
 
     criterion: str
@@ -65,9 +68,11 @@ class Scores:
     settings: Mapping[str, object] = field(default_factory=dict)
     groups: RouterGroups | None = None
     spread: Spread | None = field(default=None, repr=False)
+    experts_per_layer: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Checks shapes and finiteness, and makes the arrays read-only."""
+        self._check_widths()
         for name, dtype in (("values", np.float64), ("counts", np.int64)):
             array = getattr(self, name)
             if array.dtype != dtype or array.ndim != 2 or len(array) != len(self.layers):
@@ -77,6 +82,8 @@ class Scores:
                     "give one row per layer"
                 )
             array = np.ascontiguousarray(array).view()
+            if self.experts_per_layer is not None and array[~self.present].any():
+                array = np.where(self.present, array, 0)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         self._check_content()
@@ -84,6 +91,14 @@ class Scores:
             raise ShapeError(
                 f"the spread has shape {self.spread.low.shape}, but the scores "
                 f"{self.values.shape}; resample these scores"
+            )
+
+    def _check_widths(self) -> None:
+        found, widest = self.experts_per_layer, self.values.shape[-1]
+        if found is not None and (len(found) != len(self.layers) or max(found) != widest):
+            raise ShapeError(
+                f"experts_per_layer of the scores is {list(found)} for {len(self.layers)} layers "
+                f"of up to {widest} experts; give one number a layer, or None where all are alike"
             )
 
     def _check_content(self) -> None:
@@ -108,13 +123,23 @@ class Scores:
 
     @property
     def n_experts(self) -> int:
-        """Number of routed experts per layer."""
+        """Number of routed experts per layer; the most that one has where layers differ."""
         return int(self.values.shape[1])
+
+    @property
+    def counts_of_experts(self) -> tuple[int, ...]:
+        """Number of routed experts of every layer."""
+        return self.experts_per_layer or (self.n_experts,) * self.n_layers
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Which sites are experts: bool array of shape (n_layers, n_experts)."""
+        return present(self.counts_of_experts, self.n_experts)
 
     @property
     def n_sites(self) -> int:
         """Number of routed experts over all layers."""
-        return self.values.size
+        return sum(self.counts_of_experts)
 
     @property
     def unrouted(self) -> tuple[tuple[int, int], ...]:
@@ -125,20 +150,22 @@ class Scores:
         """
         if not self.counts.any():
             return ()
-        where = np.argwhere(self.counts == 0).tolist()
+        where = np.argwhere((self.counts == 0) & self.present).tolist()
         return tuple((self.layers[row], expert) for row, expert in where)
 
     def table(self) -> pl.DataFrame:
         """One row per expert: layer, expert, score, count and, if known, their spread."""
+        held = self.present
+        row, expert = np.nonzero(held)
         columns = {
-            "layer": np.repeat(np.asarray(self.layers), self.n_experts),
-            "expert": np.tile(np.arange(self.n_experts), self.n_layers),
-            "score": self.values.ravel(),
-            "count": self.counts.ravel(),
+            "layer": np.asarray(self.layers)[row],
+            "expert": expert,
+            "score": self.values[held],
+            "count": self.counts[held],
         }
         if self.spread is None:
             return pl.DataFrame(columns, schema=COLUMNS)
-        more = {name: value.ravel() for name, value in self.spread.arrays().items()}
+        more = {name: value[held] for name, value in self.spread.arrays().items()}
         return pl.DataFrame(columns | more, schema=COLUMNS | SPREAD_COLUMNS)
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> None:
@@ -146,6 +173,8 @@ class Scores:
         inputs = {} if self.activations is None else {"activations": self.activations}
         about = manifest(KIND, FORMAT, settings=self.settings, inputs=inputs)
         about |= {"criterion": self.criterion, "top_k": self.top_k}
+        if self.experts_per_layer is not None:
+            about["experts_per_layer"] = list(self.experts_per_layer)
         if self.groups is not None:
             about["router_groups"] = self.groups.as_json()
         if self.spread is not None:
@@ -179,18 +208,21 @@ def load_scores(path: str | PathLike[str]) -> Scores:
     table, about = _read(file)
     check_manifest(about, KIND, FORMAT, file)
     layers = tuple(int(layer) for layer in table["layer"].unique().sort())
-    shape = (len(layers), table.height // max(1, len(layers)))
     try:
+        counts = counts_from_json(about.get("experts_per_layer"), len(layers))
+        most = table.height // max(1, len(layers)) if counts is None else max(counts)
+        held = present(counts or (most,) * len(layers), most)
         scores = Scores(
             criterion=str(about["criterion"]),
-            values=table["score"].to_numpy().reshape(shape),
-            counts=table["count"].to_numpy().reshape(shape),
+            values=_dense(table["score"], held),
+            counts=_dense(table["count"], held),
             layers=layers,
             top_k=int(about["top_k"]),
             activations=about["inputs"].get("activations"),
             settings=about["settings"],
             groups=groups_from_json(about.get("router_groups")),
-            spread=_spread(table, shape, about.get("spread")),
+            spread=_spread(table, held, about.get("spread")),
+            experts_per_layer=counts,
         )
     except (KeyError, TypeError, ValueError) as cause:
         raise DataError(f"{file} is incomplete ({cause}); score again") from cause
@@ -199,15 +231,21 @@ def load_scores(path: str | PathLike[str]) -> Scores:
     return scores
 
 
+def _dense(column: pl.Series, held: NDArray[np.bool_]) -> NDArray[Any]:
+    """A column by layer and expert, 0 where there is no expert; ValueError if it is too long."""
+    values = column.to_numpy()
+    found = np.zeros(held.shape, values.dtype)
+    found[held] = values
+    return found
+
+
 def _spread(
-    table: pl.DataFrame, shape: tuple[int, int], about: Mapping[str, Any] | None
+    table: pl.DataFrame, held: NDArray[np.bool_], about: Mapping[str, Any] | None
 ) -> Spread | None:
     """The spread in a table, if there is one."""
     if about is None:
         return None
-    arrays: dict[str, Any] = {
-        name: table[name].to_numpy().reshape(shape) for name in SPREAD_COLUMNS
-    }
+    arrays: dict[str, Any] = {name: _dense(table[name], held) for name in SPREAD_COLUMNS}
     return Spread(**arrays, **about)
 
 

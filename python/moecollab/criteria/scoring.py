@@ -87,8 +87,6 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         When the collaboration was fitted on other activations.
     ShapeError
         When the model is not the one that was recorded.
-    UnsupportedModelError
-        When the layers have different numbers of experts.
     """
     chosen = criteria.get(criterion)
     _check_settings(drop, seed, tokens)
@@ -113,6 +111,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         weights=weights,
         drop=drop,
         seed=seed,
+        experts_per_layer=shape.experts_per_layer,
     )
     if Needs.MODEL in chosen.needs and model is not None and corpus is not None:
         evidence = _with_runs(evidence, shape, model, corpus, tokens)
@@ -126,6 +125,7 @@ def score(  # noqa: PLR0913 (a criterion may need any of these)
         settings=_settings(chosen, evidence, model)
         | ({} if chosen_domains is None else {"domains": chosen_domains}),
         groups=_groups(acts, weights),
+        experts_per_layer=shape.experts_per_layer,
     )
     if out is not None:
         scores.save(out, overwrite=overwrite)

@@ -67,8 +67,8 @@ def ranked_choice(evidence: Evidence, /) -> NDArray[np.float64]:
     Not defined when: never; an expert without tokens falls first
     """
     acts = _tokens(evidence)
-    tables = (acts.layer(layer) for layer in acts.layers)
-    return np.stack([_election(table, acts.n_experts) for table in tables])
+    layers = zip(acts.layers, evidence.counts, strict=True)
+    return evidence.stacked(_election(acts.layer(layer), count) for layer, count in layers)
 
 
 def _election(table: LayerTable, n_experts: int) -> NDArray[np.float64]:

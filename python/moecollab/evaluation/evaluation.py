@@ -275,7 +275,8 @@ def evaluate(  # noqa: PLR0913 (one parameter per option of the command)
     }
     settings |= {"generate": generate} if generate else {}
     tokens = digest_tokenizer(subject.tokenizer, material.text or material.prompts)
-    inputs = {"model": subject.digest, "tokenizer": tokens} | material.digests
+    inputs = {"model": subject.digest, "base": subject.base, "tokenizer": tokens}
+    inputs |= material.digests
     about = manifest(KIND, FORMAT, settings=settings, inputs=inputs, seed=seed)
     work = Work(
         subject=subject,

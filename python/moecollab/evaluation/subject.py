@@ -14,7 +14,13 @@ from moecollab.errors import MissingInputError
 from moecollab.evaluation.perplexity import encode
 from moecollab.manifest import digest_json
 from moecollab.models.applied import Applied, applied_to
-from moecollab.models.loading import digest_model, load_model, load_tokenizer
+from moecollab.models.loading import (
+    digest_base,
+    digest_parts,
+    digest_tensors,
+    load_model,
+    load_tokenizer,
+)
 from moecollab.models.masked import kept_of
 from moecollab.record.corpus import Corpus
 
@@ -34,6 +40,8 @@ class Subject:
         Where the model came from, or its class if it came from nowhere.
     digest : str
         Digest of its weights and of all that is on it: masks, gains and modes.
+    base : str
+        Digest of the weights that no mask changes.
     plan : mapping, optional
         Kept experts, if the model is masked.
     """
@@ -42,6 +50,7 @@ class Subject:
     tokenizer: Any
     path: str
     digest: str
+    base: str
     plan: Mapping[str, Any] | None
 
     @property
@@ -78,12 +87,14 @@ def open_subject(
         raise MissingInputError(
             f"{path} comes without a tokenizer; pass tokenizer=, or put its files beside the model"
         )
+    tensors = digest_tensors(model)
     return Subject(
         model=model,
         tokenizer=tokenizer,
         path=path or type(model).__name__,
-        digest=_digest(model),
-        plan=_plan_of(given),
+        digest=_digest(model, tensors),
+        base=digest_base(model, tensors),
+        plan=_plan_of(given, model),
     )
 
 
@@ -101,9 +112,9 @@ def digest_tokenizer(tokenizer: Any, corpus: Corpus | None) -> str:  # noqa: ANN
     return digest_json([type(tokenizer).__name__, vocabulary, plain, read])
 
 
-def _digest(model: Any) -> str:  # noqa: ANN401 (as above)
+def _digest(model: Any, tensors: dict[str, str]) -> str:  # noqa: ANN401 (as above)
     """Digest of a model's weights, and of what is on it, much of which is no weights."""
-    digest, applied = digest_model(model), applied_to(model)
+    digest, applied = digest_parts(model, tensors), applied_to(model)
     return digest_json([digest, applied]) if applied else digest
 
 
@@ -112,9 +123,10 @@ def _origin(model: Any) -> str:  # noqa: ANN401 (any model)
     return str(getattr(model, "name_or_path", "") or "")
 
 
-def _plan_of(given: Any) -> dict[str, Any] | None:  # noqa: ANN401 (path, model or what is applied to one)
-    """What is applied to a model, or kept experts of a masked model's folder."""
-    if isinstance(given, Applied):
-        return given.as_json()
-    kept = None if isinstance(given, nn.Module) else kept_of(given)
+def _plan_of(given: Any, model: Any) -> dict[str, Any] | None:  # noqa: ANN401 (as above)
+    """What is on a model now, however it was given, or what a cut model's folder keeps."""
+    applied = applied_to(model)
+    if applied:
+        return applied[0] if len(applied) == 1 else {"applied": applied}
+    kept = None if isinstance(given, nn.Module | Applied) else kept_of(given)
     return None if kept is None else kept.as_json()

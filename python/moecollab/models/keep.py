@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from moecollab.errors import PlanError, SchemaError, UnsupportedModelError
 from moecollab.manifest import read_json
 from moecollab.models.groups import router_groups
+from moecollab.models.padding import barred
 from moecollab.models.routing import MoeLayer
 from moecollab.models.slicing import router_rows
+from moecollab.models.widths import counts_from_json
 
 
 class KeepsExperts(Protocol):
@@ -42,9 +44,37 @@ class Keep:
 
     keep: dict[int, tuple[int, ...]]
     n_experts: int
+    """Experts of a layer before anything goes; the most that one has where layers differ."""
     top_k: int
     settings: Mapping[str, object] = field(default_factory=dict)
     """How the plan was made (criterion, drop, per), if that is known."""
+    experts_per_layer: tuple[int, ...] | None = None
+    """Experts of every layer before anything goes, where layers differ."""
+
+    def __post_init__(self) -> None:
+        """Refuses numbers of other layers than are kept."""
+        counts = self.experts_per_layer
+        if counts is not None and len(counts) != len(self.keep):
+            raise PlanError(
+                f"experts_per_layer has {len(counts)} numbers for {len(self.keep)} layers; give "
+                "one for each layer, or None where all are alike"
+            )
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """Experts of every layer before anything goes."""
+        held = self.experts_per_layer or (self.n_experts,) * len(self.keep)
+        return dict(zip(self.keep, held, strict=True))
+
+    @property
+    def n_sites(self) -> int:
+        """Routed experts over all layers before anything goes."""
+        return sum(self.counts.values())
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any expert goes."""
+        return sum(map(len, self.keep.values())) < self.n_sites
 
     @property
     def uniform(self) -> bool:
@@ -54,8 +84,10 @@ class Keep:
     def as_json(self) -> dict[str, object]:
         """The same as JSON values."""
         keep = {str(layer): list(kept) for layer, kept in self.keep.items()}
-        made = {"settings": dict(self.settings)} if self.settings else {}
-        return {"keep": keep, "n_experts": self.n_experts, "top_k": self.top_k} | made
+        found = {"keep": keep, "n_experts": self.n_experts, "top_k": self.top_k}
+        if self.experts_per_layer is not None:
+            found["experts_per_layer"] = list(self.experts_per_layer)
+        return found | ({"settings": dict(self.settings)} if self.settings else {})
 
 
 def read_keep(plan: PlanLike) -> Keep:
@@ -65,7 +97,8 @@ def read_keep(plan: PlanLike) -> Keep:
     keep = {int(layer): tuple(sorted(map(int, kept))) for layer, kept in plan.keep.items()}
     names = ("criterion", "drop", "per")
     settings = {name: getattr(plan, name) for name in names if hasattr(plan, name)}
-    return Keep(dict(sorted(keep.items())), int(plan.n_experts), int(plan.top_k), settings)
+    counts = getattr(plan, "experts_per_layer", None)
+    return Keep(dict(sorted(keep.items())), int(plan.n_experts), int(plan.top_k), settings, counts)
 
 
 def keep_from_json(value: Mapping[str, object], where: str) -> Keep:
@@ -81,26 +114,48 @@ def keep_from_json(value: Mapping[str, object], where: str) -> Keep:
         )
     try:
         found = {int(layer): tuple(sorted(map(int, kept))) for layer, kept in keep.items()}
+        counts = counts_from_json(value.get("experts_per_layer"), len(found))
     except (TypeError, ValueError) as cause:
         raise SchemaError(
-            f"{where} has a keep list that is not of integers; make it again"
+            f"{where} has a keep list that is not of integers, or experts_per_layer that do not "
+            "fit it; make it again"
         ) from cause
     settings = value.get("settings")
     made = settings if isinstance(settings, Mapping) else {}
-    return Keep(dict(sorted(found.items())), n_experts, top_k, made)
+    return Keep(dict(sorted(found.items())), n_experts, top_k, made, counts)
 
 
-def check_keep(keep: Keep, layers: Sequence[MoeLayer]) -> None:
+def check_keep(
+    keep: Keep,
+    layers: Sequence[MoeLayer],
+    padding: Mapping[int, Sequence[int]] | None = None,
+) -> None:
     """Raises unless the plan fits the model and its router can work with what is left.
+
+    Parameters
+    ----------
+    keep : Keep
+        The plan.
+    layers : sequence of MoeLayer
+        Those of the model that are looked at.
+    padding : mapping of int to sequence of int, optional
+        Experts by layer that only fill it up; read from the routers' biases if None, which takes
+        loaded weights.
 
     Raises
     ------
     PlanError
-        When layers or counts differ, a layer keeps fewer than ``top_k`` experts, or the groups of
-        a group-limited router keep unequal numbers.
+        When layers or counts differ, a layer keeps padding or fewer than ``top_k`` experts, or the
+        groups of a group-limited router keep unequal numbers.
     UnsupportedModelError
         When experts of the family cannot be cut.
     """
+    check_routers(keep, layers)
+    _check_padding(keep, barred(layers) if padding is None else padding)
+
+
+def check_routers(keep: Keep, layers: Sequence[MoeLayer]) -> None:
+    """The same, whatever the experts that stay are."""
     if layers[0].layout.fixed:
         layout = layers[0].layout
         raise UnsupportedModelError(
@@ -122,6 +177,17 @@ def check_fits(keep: Keep, layers: Sequence[MoeLayer]) -> None:
         )
     for layer in layers:
         _check_ids(keep, layer)
+
+
+def _check_padding(keep: Keep, padding: Mapping[int, Sequence[int]]) -> None:
+    """Raises PlanError where padding stays, which routers choose when too few others are left."""
+    for layer, ids in padding.items():
+        kept = sorted(set(ids) & set(keep.keep.get(layer, ())))
+        if kept:
+            raise PlanError(
+                f"layer {layer} would keep experts {kept}, which are padding that no token can "
+                "choose; drop them, or take the model that was padded instead"
+            )
 
 
 def check_cut(layers: Sequence[MoeLayer]) -> None:
@@ -154,10 +220,10 @@ def check_untied(model: nn.Module, layers: Sequence[MoeLayer]) -> None:
 
 
 def _check_ids(keep: Keep, layer: MoeLayer) -> None:
-    kept = keep.keep[layer.layer]
-    if keep.n_experts != layer.n_experts:
+    kept, count = keep.keep[layer.layer], keep.counts[layer.layer]
+    if count != layer.n_experts:
         raise PlanError(
-            f"the plan is for {keep.n_experts} experts but layer {layer.layer} has "
+            f"the plan is for {count} experts but layer {layer.layer} has "
             f"{layer.n_experts}; make the plan from activations of this model"
         )
     if len(set(kept)) < len(kept) or (kept and not 0 <= kept[0] <= kept[-1] < layer.n_experts):

@@ -22,11 +22,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 from moecollab.embedded import located
-from moecollab.errors import DataError, SettingsError
+from moecollab.errors import DataError, SettingsError, UnsupportedModelError
 from moecollab.manifest import digest_bytes, digest_json, read_json
 from moecollab.models.masked import Mask, read_masked
 from moecollab.models.registry import layout_of
 from moecollab.models.routing import find_moe_layers
+from moecollab.models.slicing import router_rows
 from moecollab.models.uneven import counts_of, shrink, shrunk
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -153,8 +154,26 @@ def digest_model(model: nn.Module) -> str:
     Up to 4,096 evenly spaced values of each tensor take part, so that the time does not grow with
     the model; a change that misses all of them is not seen.
     """
-    tensors = model.state_dict().items()
-    return digest_parts(model, {name: digest_tensor(value) for name, value in tensors})
+    return digest_parts(model, digest_tensors(model))
+
+
+def digest_tensors(model: nn.Module) -> dict[str, str]:
+    """Digests of all tensors of a model, by name."""
+    return {name: digest_tensor(value) for name, value in model.state_dict().items()}
+
+
+def digest_base(model: nn.Module, tensors: dict[str, str]) -> str:
+    """The digest of a model, from those of its tensors, that is the same under every mask.
+
+    Tensors of routers that hold one entry per expert take no part, since a mask cuts them.
+    """
+    try:
+        layers = find_moe_layers(model)
+    except UnsupportedModelError:  # a dense model, which nobody masks
+        layers = []
+    cut = {id(value) for layer in layers for _, _, value in router_rows(layer)}
+    names = {name for name, value in model.state_dict(keep_vars=True).items() if id(value) in cut}
+    return digest_parts(model, {name: one for name, one in tensors.items() if name not in names})
 
 
 def digest_tensor(value: torch.Tensor) -> str:

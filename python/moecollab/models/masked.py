@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ CHOICE_BIAS = "e_score_correction_bias"
 
 MASKED = "masked model"
 PRUNED = "pruned model"
+
+_CUT = "_moecollab_cut"
+"""Where a loaded model says which experts of the model in its folder it still has."""
 
 
 class Mask(Applied):
@@ -62,7 +66,8 @@ class Mask(Applied):
     def __repr__(self) -> str:
         counts = sorted({len(kept) for kept in self.keep.keep.values()})
         kept = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        return f"Mask({kept} of {self.keep.n_experts} experts, {self._where})"
+        most = "" if self.keep.experts_per_layer is None else "up to "
+        return f"Mask({kept} of {most}{self.keep.n_experts} experts, {self._where})"
 
 
 @contextmanager
@@ -106,7 +111,7 @@ def layer_barred(layer: MoeLayer, kept: Sequence[int]) -> Iterator[None]:
 
 
 def kept_of(path: str | PathLike[str]) -> Keep | None:
-    """Original ids of the experts that a masked or pruned model's folder keeps; else None."""
+    """The experts that a masked or pruned model's folder keeps, by ids of its base; else None."""
     file = Path(path) / MASK_FILE
     if not file.is_file():
         return None
@@ -114,6 +119,53 @@ def kept_of(path: str | PathLike[str]) -> Keep | None:
     part = {MASKED: "plan", PRUNED: "experts"}.get(str(found.get("kind")))
     kept = found.get(part) if part else None
     return keep_from_json(kept, str(file)) if isinstance(kept, dict) else None
+
+
+def cut_in_memory(model: object) -> Keep | None:
+    """The experts that a loaded model has, by ids of its folder, if it was cut since."""
+    return vars(model).get(_CUT) if isinstance(model, nn.Module) else None
+
+
+def note_cut(model: nn.Module, held: Keep) -> None:
+    """Remembers a cut in memory; `held` are the experts that are left, by the ids before it."""
+    vars(model)[_CUT] = composed(cut_in_memory(model), held)
+
+
+def composed(since: Keep | None, keep: Keep) -> Keep:
+    """What two cuts, one after the other, leave by the ids before the first."""
+    if since is None:
+        return keep
+    held = since.keep
+    ids = {layer: tuple(held[layer][one] for one in kept) for layer, kept in keep.keep.items()}
+    return replace(since, keep=ids, settings={})
+
+
+def original_of(path: str | PathLike[str], keep: Keep, since: Keep | None = None) -> Keep | None:
+    """What a plan for a folder keeps, by ids of the first model that the folder was cut from.
+
+    None where the folder is of a whole model, or the plan of one that was changed unseen. `since`
+    is what was cut in memory before, of the model in the folder.
+    """
+    if since is not None:
+        if {layer: len(held) for layer, held in since.keep.items()} != keep.counts:
+            return None
+        whole = composed(since, keep)
+        return original_of(path, whole) or whole
+    file = Path(path) / MASK_FILE
+    found = read_json(file) if file.is_file() else {}
+    first = found.get("original") or (found.get("experts") if found.get("kind") == PRUNED else None)
+    if not isinstance(first, dict):
+        return None
+    whole, padding = keep_from_json(first, str(file)), padding_of(path)
+    ids = {}
+    for layer, kept in keep.keep.items():
+        filled = set(padding.get(layer, ()))
+        real = [place for place in range(keep.counts[layer]) if place not in filled]
+        known = dict(zip(real, whole.keep.get(layer, ()), strict=False))
+        if len(real) != len(whole.keep.get(layer, ())) or not set(kept) <= set(known):
+            return None
+        ids[layer] = tuple(known[one] for one in kept)
+    return replace(whole, keep=ids, settings={})
 
 
 def padding_of(path: str | PathLike[str]) -> dict[int, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from moecollab.embedded import located
 from moecollab.errors import DataError, SettingsError
-from moecollab.manifest import new_folder, refuse_existing, write_json
+from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.gains import Blocked, Factors, Gains
 from moecollab.models.keep import Keep, PlanLike, read_keep
 from moecollab.models.loading import ModelLike, load_model
@@ -109,3 +109,18 @@ def _base_of(model: ModelLike) -> str:
 def _write_masked(out: Path, base: str, keep: Keep, *, overwrite: bool) -> None:
     with new_folder(out, overwrite=overwrite) as folder:
         write_json(folder / MASK_FILE, {"kind": MASKED, "base": base, "plan": keep.as_json()})
+        write_bytes(folder / "README.md", _readme(Path(base).name, keep).encode())
+
+
+def _readme(base: str, keep: Keep) -> str:
+    """What the folder is and which commands take it."""
+    left = sum(map(len, keep.keep.values()))
+    return (
+        f"# {base} under a mask\n\n"
+        f"No weights are here: `{MASK_FILE}` names the whole model and the {left} of its "
+        f"{keep.n_sites} experts that its routers may choose. What it computes is what the model "
+        "pruned by that plan does.\n\n"
+        "`moecollab extract` and `moecollab evaluate` take this folder as a model, and so does "
+        "`moecollab.load_model`; other loaders do not. To make a smaller checkpoint, give the "
+        "whole model and the plan to `moecollab prune`.\n"
+    )

@@ -18,6 +18,7 @@ from moecollab.models.keep import check_keep
 from moecollab.models.loading import (
     DTYPES,
     check_tensor,
+    digest_base,
     digest_parts,
     digest_tensor,
     explained,
@@ -162,6 +163,15 @@ class StreamedModel:
         str
             What :func:`moecollab.models.loading.digest_model` makes of the whole model.
         """
+        return digest_parts(self.model, self._digests(done))
+
+    def digest_base(self) -> str:
+        """Reads all weights once: what :func:`moecollab.models.loading.digest_base` makes of it."""
+        with self.outside():
+            return digest_base(self.model, self._digests(lambda: None))
+
+    def _digests(self, done: Callable[[], None]) -> dict[str, str]:
+        """Digests of all tensors, by name."""
         found: dict[str, str] = {}
         self._digest(found)
         with self._loaded(self._head, self._owners(self._head)):
@@ -170,7 +180,7 @@ class StreamedModel:
             with self.layer(number):
                 self._digest(found)
             done()
-        return digest_parts(self.model, found)
+        return found
 
     def _digest(self, found: dict[str, str]) -> None:
         """Adds the digests of the tensors that are in memory and not digested yet."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -20,6 +20,7 @@ from torch import nn
 from moecollab.errors import DataError, PlanError, SettingsError, UnsupportedModelError
 from moecollab.models.groups import router_groups
 from moecollab.models.keep import Keep
+from moecollab.models.padding import BIASES, NEVER, barred
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import (
     Change,
@@ -34,10 +35,6 @@ Uneven: TypeAlias = Literal["equalise", "pad", "native"]
 ENTRY, COUNTS = "moecollab", "experts_per_layer"
 """Where a configuration says the numbers of native layers."""
 
-NEVER = -30_000.0
-"""Bias of an expert that is not to be chosen: finite in float16, and far below any score."""
-
-_BIASES = ("bias", "e_score_correction_bias", "expert_bias")
 _LEAKS = ("ernie4_5_moe", "ernie4_5_vl_moe", "longcat_flash", "zaya")
 """Families that choose by a softmax over all experts plus a bias: the padding has a part of it."""
 
@@ -59,6 +56,19 @@ class Arrangement:
     keep: Keep
     held: Keep
     native: bool
+
+    @classmethod
+    def as_is(cls, layers: Sequence[MoeLayer]) -> Arrangement:
+        """That of a model in memory: all experts that it has, without those that fill it up."""
+        counts = tuple(layer.n_experts for layer in layers)
+        differ, padding = len(set(counts)) > 1, barred(layers)
+        ids = {layer.layer: tuple(range(layer.n_experts)) for layer in layers}
+        held = Keep(ids, max(counts), layers[0].top_k, {}, counts if differ else None)
+        real = {
+            layer: tuple(one for one in all_ids if one not in padding.get(layer, ()))
+            for layer, all_ids in ids.items()
+        }
+        return cls(replace(held, keep=real), held, native=differ)
 
     @property
     def count(self) -> int:
@@ -83,9 +93,13 @@ class Arrangement:
         counts = {str(layer): len(held) for layer, held in self.held.keep.items()}
         return {ENTRY: {COUNTS: counts}}
 
-    def note(self) -> dict[str, Any]:
-        """What ``moecollab.json`` says: original ids of the experts, and how layers are held."""
+    def note(self, original: Keep | None = None) -> dict[str, Any]:
+        """What ``moecollab.json`` says: ids of the experts in the base, and how layers are held.
+
+        `original` is what is kept by ids of the model that the base was cut from.
+        """
         found: dict[str, Any] = {"experts": self.keep.as_json(), "loads": self.loads}
+        found |= {} if original is None else {"original": original.as_json()}
         padding = {str(layer): places for layer, places in self.dummies.items()}
         return found | ({"padding": padding} if padding else {}) | self.config_entry()
 
@@ -143,7 +157,12 @@ def _padded(keep: Keep, layers: list[MoeLayer]) -> Keep:
             free = [expert for expert in range(first, first + size) if expert not in kept]
             kept.update(free[: widest // n_groups - (size - len(free))])
         held[layer.layer] = tuple(sorted(kept))
-    return Keep(held, keep.n_experts, keep.top_k, keep.settings)
+        if len(kept) < widest:
+            raise PlanError(
+                f"layer {layer.layer} cannot be padded to {widest} experts, as it has "
+                f"{layer.n_experts}; pass uneven='equalise' or 'native'"
+            )
+    return replace(keep, keep=held)
 
 
 def bar(layer: MoeLayer, places: list[int]) -> Change:
@@ -154,31 +173,9 @@ def bar(layer: MoeLayer, places: list[int]) -> Change:
     return replace_tensor(owner, name, barred)
 
 
-def barred(layers: list[MoeLayer]) -> dict[int, tuple[int, ...]]:
-    """Experts by layer that the biases of a loaded model keep from being chosen."""
-    found = {}
-    for layer in layers:
-        for _, name, value in router_rows(layer):
-            if name in _BIASES and not value.is_meta:
-                low = value.detach().flatten() < NEVER / 2  # types may round it
-                found[layer.layer] = tuple(low.nonzero().flatten().tolist())
-    return found
-
-
-def check_padding(keep: Keep, padding: Mapping[int, Sequence[int]]) -> None:
-    """Raises PlanError where padding stays, which routers choose when too few others are left."""
-    for layer, ids in padding.items():
-        kept = sorted(set(ids) & set(keep.keep.get(layer, ())))
-        if kept:
-            raise PlanError(
-                f"layer {layer} would keep experts {kept}, which are padding that no token can "
-                "choose; drop them, or prune the model that was padded instead"
-            )
-
-
 def _choice_bias(layer: MoeLayer) -> tuple[nn.Module, str, torch.Tensor]:
     """The bias that can bar an expert exactly: one that shifts no other expert's weight."""
-    found = [row for row in router_rows(layer) if row[1] in _BIASES]
+    found = [row for row in router_rows(layer) if row[1] in BIASES]
     family = layer.layout.family
     if not found or family in _LEAKS:
         why = "chooses by a softmax over all experts" if found else "has no bias to choose by"

@@ -54,9 +54,17 @@ class ExpertWeights:
         return find_moe_layers(skeleton(open_config(str(self.model), moe=True)))
 
     def each(self, statistic: Statistic) -> NDArray[np.float64]:
-        """A statistic of every layer: float64 array of shape (n_layers, n_experts, …)."""
+        """A statistic of every layer: float64 array of shape (n_layers, n_experts, …).
+
+        Where layers have different numbers of experts, it is 0 past a layer's own.
+        """
         with torch.inference_mode():
-            return np.stack([statistic(layer) for layer in self._loaded()])
+            rows = [statistic(layer) for layer in self._loaded()]
+        most = max(map(len, rows))
+        found = np.zeros((len(rows), most, *rows[0].shape[1:]))
+        for place, own in zip(found, rows, strict=True):
+            place[: len(own)] = own
+        return found
 
     def _loaded(self) -> Iterator[MoeLayer]:
         """The layers with their values, each until the next is asked for."""

@@ -67,11 +67,15 @@ class Allocation:
         if self.budget.amount == "memory_gb":
             return self._by_size()
         n = self._n_rounds()
-        if n > self.units.may.min():
-            raise self._too_many(n)
-        if n < self.units.must.max():
-            raise self._too_long(int(self.units.must.argmax()), n)
-        return np.full(self.units.n_layers, n, dtype=np.int64)
+        room = self.units.may - n
+        if room.min() < 0:
+            row = int(room.argmin())
+            raise self._too_many(int(n[row]), row)
+        short = self.units.must - n
+        if short.max() > 0:
+            row = int(short.argmax())
+            raise self._too_long(row, int(n[row]))
+        return n
 
     def _check_lists(self) -> None:
         over = np.flatnonzero(self.units.must > self.units.may)
@@ -85,20 +89,22 @@ class Allocation:
 
     # How far to go: in every layer alike, by shares of each layer, or along a sequence of layers.
 
-    def _n_rounds(self) -> int:
-        """Units that go from every layer."""
+    def _n_rounds(self) -> NDArray[np.int64]:
+        """Units that go from every layer: of equal layers as many, of others the same share."""
         budget, units = self.budget, self.units
         if budget.experts is not None:
-            return self._n_dropped(budget.experts, self.scores.n_experts) // units.n_groups
-        return _rounded(budget.drop or 0.0, units.n_units)
+            gone = [self._n_dropped(budget.experts, n) for n in self.scores.counts_of_experts]
+            return np.array(gone, dtype=np.int64) // units.n_groups
+        share = budget.drop or 0.0
+        return np.array([_rounded(share, int(n)) for n in units.size], dtype=np.int64)
 
     def _by_size(self) -> NDArray[np.int64]:
-        """Units that each layer gives up to fit: all alike, or what the drop-list takes of it.
+        """Units that each layer gives up to fit: the same share, or what the drop-list takes of it.
 
         Memory is a limit and no aim: no layer drops more because the list takes more of another.
         """
-        each = np.arange(max(0, int(self.units.may.min())) + 1)
-        n_gone = np.maximum(each[:, None], self.units.must)
+        each = _by_growing_shares(self.units.size)
+        n_gone = np.maximum(each[(each <= self.units.may).all(axis=1)], self.units.must)
         freed = n_gone @ np.asarray(self._bytes().expert) * self.units.n_groups
         found: NDArray[np.int64] = n_gone[self._first_that_fits(freed)]
         return found
@@ -118,14 +124,14 @@ class Allocation:
             return by_score(self.units)
         if self.budget.per == "entropy":
             self._shares()
-            return by_entropy(self.units, self.scores.values)
+            return by_entropy(self.units, self.scores.values, self.scores.present)
         return by_similarity(self.units, self._similarity())
 
     def _of_sequence(self, sequence: NDArray[np.int64]) -> NDArray[np.int64]:
         """Units that each layer gives up along a sequence of layers."""
         n = self._n_steps(sequence)
         if n > len(sequence):
-            raise self._too_many(n)
+            raise self._too_many(n, None)
         if n < self.units.must.sum():
             raise self._too_long(None, n)
         return np.bincount(sequence[:n], minlength=self.units.n_layers).astype(np.int64)
@@ -134,7 +140,7 @@ class Allocation:
         """Steps of a sequence that the budget asks for."""
         budget, units = self.budget, self.units
         if budget.drop is not None:
-            return _rounded(budget.drop, units.n_layers * units.n_units)
+            return _rounded(budget.drop, int(units.size.sum()))
         if budget.experts is not None:
             return self._n_dropped(budget.experts, self.scores.n_sites) // units.n_groups
         if budget.mass is not None:
@@ -159,13 +165,15 @@ class Allocation:
     def _first_that_fits(self, freed: NDArray[np.float64]) -> int:
         """The first of some ascending numbers of bytes after which what is left fits."""
         footprint = self._bytes()
-        total = footprint.rest + sum(footprint.expert) * self.scores.n_experts
+        layers = zip(footprint.expert, self.scores.counts_of_experts, strict=True)
+        total = footprint.rest + sum(expert * count for expert, count in layers)
         n = int(np.searchsorted(freed, total - (self.budget.memory_gb or 0.0) * GB))
         if n == len(freed):
             least = total - freed[-1]
             raise PlanError(
-                f"the smallest checkpoint that can be left has {least / GB:.4g} GB; raise memory_gb"
-                f" from {self.budget.memory_gb:g} to {math.ceil(least / GB * 1e4) / 1e4:g} or more"
+                f"the smallest checkpoint that can be left with per={self.budget.per!r} has "
+                f"{least / GB:.4g} GB; raise memory_gb from {self.budget.memory_gb:g} to "
+                f"{math.ceil(least / GB * 1e4) / 1e4:g} or more"
             )
         return n
 
@@ -201,7 +209,8 @@ class Allocation:
             empty = ~self.scores.values.any(axis=1, keepdims=True)
         else:
             empty = np.asarray(not self.scores.values.any())
-        return np.where(empty, 1.0, self.units.values)
+        there = np.arange(self.units.n_units) < self.units.size[:, None]
+        return np.where(empty & there, 1.0, self.units.values)
 
     def _similarity(self) -> NDArray[np.float64]:
         wanted = (*self.scores.values.shape, self.scores.n_experts)
@@ -219,27 +228,27 @@ class Allocation:
 
     # What cannot be.
 
-    def _too_many(self, n: int) -> PlanError:
-        """The error for more units than can go: in each layer, or in the model."""
+    def _too_many(self, n: int, row: int | None) -> PlanError:
+        """The error for more units than can go: in a layer, or in the model."""
         size, top_k = self.units.n_groups, self.scores.top_k
-        if self.budget.per == "layer":
-            row = int(self.units.may.argmin())
-            kept, room = (self.units.n_units - n) * size, int(self.units.may[row])
+        if row is not None:
+            n_units, room = int(self.units.size[row]), int(self.units.may[row])
+            kept = (n_units - n) * size
             why = self._why(row).removeprefix(", as ")
             return PlanError(
                 f"layer {self.scores.layers[row]} would keep {kept} experts but {why}; "
-                f"{self._advice(room, self.units.n_units)}"
+                f"{self._advice(room, n_units)}"
             )
         room = int(self.units.may.sum())
         return PlanError(
             f"{n * size} of {self.scores.n_sites} experts would go but only {room * size} can, as "
             f"every layer keeps what is protected and what its router needs (top_k={top_k}); "
-            f"{self._advice(room, self.units.n_units * self.units.n_layers)}"
+            f"{self._advice(room, int(self.units.size.sum()))}"
         )
 
     def _why(self, row: int) -> str:
         """Why a layer cannot do without more."""
-        least = (self.units.n_units - int(self.units.may[row])) * self.units.n_groups
+        least = int(self.units.size[row] - self.units.may[row]) * self.units.n_groups
         if least <= self.scores.top_k:
             return f", as the router selects top_k={self.scores.top_k}"
         if least <= self.budget.floor:
@@ -276,6 +285,13 @@ def _occurrences(sequence: NDArray[np.int64]) -> NDArray[np.int64]:
     found = np.empty_like(sequence)
     found[order] = np.arange(len(sequence)) - np.searchsorted(ranked, ranked)
     return found
+
+
+def _by_growing_shares(size: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What growing shares take of layers of these sizes, rounded: (n_shares, n_layers)."""
+    turns = [(2 * np.arange(1, n + 1) - 1) / (2 * n) for n in size]  # where one more goes
+    shares = np.unique(np.concatenate([[0.0], *turns]))
+    return np.stack([np.searchsorted(turn, shares, side="right") for turn in turns], axis=1)
 
 
 def _rounded(drop: float, n: int) -> int:

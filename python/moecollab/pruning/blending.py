@@ -99,6 +99,7 @@ def blend(
         activations=digests.pop() if len(digests) == 1 else None,
         settings=settings,
         groups=found[0].groups,
+        experts_per_layer=found[0].experts_per_layer,
     )
     if out is not None:
         made.save(out, overwrite=overwrite)
@@ -139,7 +140,7 @@ class _Cut:
         PlanError
             When layers would keep fewer experts than the router selects.
         """
-        return ~decide(replace(self.scores, values=values), self.budget)
+        return decide(replace(self.scores, values=values), self.budget)
 
 
 def fairest(shares: NDArray[np.float64], cut: _Cut) -> Fair:
@@ -216,7 +217,7 @@ def _shares(scores: Scores) -> NDArray[np.float64]:
             "choose a criterion whose scores are not negative"
         )
     total = scores.values.sum(axis=1, keepdims=True)
-    even = np.full(scores.values.shape, 1 / scores.n_experts)
+    even = scores.present / scores.present.sum(axis=1, keepdims=True)
     shares: NDArray[np.float64] = np.divide(scores.values, total, out=even, where=total > 0)
     return shares
 
@@ -226,8 +227,8 @@ def _check_alike(found: Sequence[Scores]) -> None:
         raise DataError("there are no scores to blend; give those of at least one domain")
     first = found[0]
     for other in found[1:]:
-        alike = (other.layers, other.values.shape, other.top_k, other.groups)
-        if alike != (first.layers, first.values.shape, first.top_k, first.groups):
+        alike = (other.layers, other.counts_of_experts, other.top_k, other.groups)
+        if alike != (first.layers, first.counts_of_experts, first.top_k, first.groups):
             raise ShapeError(
                 f"{other!r} and {first!r} are not of the same layers, experts and top_k; blend "
                 "scores of one model"

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 
-from moecollab.errors import DataError
-from moecollab.manifest import check_manifest, read_json, versions
+from moecollab.manifest import versions
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.keep import Keep
-from moecollab.models.masked import kept_of
+from moecollab.models.loading import ModelLike
 from moecollab.models.uneven import Arrangement
+from moecollab.pruning.costs import Row, cost_lines, read_costs
 from moecollab.pruning.plans import Plan
 
 CARD = "README.md"
 
 _KEPT_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_VALUES = ("value", "stderr")
 _LEGAL = ("licen", "notice", "use_policy", "copying")
-
-Row: TypeAlias = tuple[str, str, str, str, str]
 
 
 @dataclass(frozen=True)
@@ -86,26 +82,61 @@ class About:
     costs: tuple[Row, ...]
 
 
+@dataclass(frozen=True)
+class Making:
+    """What a card says was done, where that is not dropping alone.
+
+    Parameters
+    ----------
+    done : str
+        By what the model was made.
+    title : str
+        What the model has that its base has not; of numbers of experts if empty.
+    heading : str
+        That of the section with the reasons.
+    lines : tuple of str
+        More of that section.
+    tag : str
+        What the hub may find it by.
+    planned : bool
+        Whether a plan decided which experts are left.
+    """
+
+    done: str = "removing routed experts, without any training"
+    title: str = ""
+    heading: str = "What was dropped"
+    lines: tuple[str, ...] = ()
+    tag: str = "pruned"
+    planned: bool = True
+
+
+DROPPED = Making()
+
+
 def about(
-    base: str, keep: Keep, plan: Plan | None, evaluations: Sequence[Any] | None = None
+    model: ModelLike, keep: Keep, plan: Plan | None, evaluations: Sequence[Any] | None = None
 ) -> About:
-    """What is known of a model, by its path or name, of a plan, and of what it costs.
+    """What is known of a model, of a plan, and of what it costs.
 
     Raises
     ------
     DataError
-        When an evaluation is missing or not whole, or of another plan.
+        When an evaluation is missing or not whole, or of another model or plan.
     SchemaError
         When a file is no evaluation.
     """
+    base = origin_of(model)
     source = Path(base)
     name = _folder_name(source.resolve()) if source.is_dir() else base
-    front = tuple(_front_matter(source / CARD))
-    read = [_evaluation(one) for one in evaluations or ()]
-    for found in read:
-        _check_plan(found, keep, source)
-    rows = [row for found in read for row in _rows_of(found)]
-    return About(name, front, plan, tuple(rows))
+    costs = read_costs(evaluations or (), model, keep)
+    return About(name, tuple(_front_matter(source / CARD)), plan, costs)
+
+
+def origin_of(model: ModelLike) -> str:
+    """Path or hub name that a model came from, or its class if it came from nowhere."""
+    if isinstance(model, nn.Module):
+        return str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return str(model)
 
 
 def _folder_name(folder: Path) -> str:
@@ -114,14 +145,16 @@ def _folder_name(folder: Path) -> str:
     return folder.name if cached is None else cached.removeprefix("models--").replace("--", "/", 1)
 
 
-def card(why: About, arrangement: Arrangement, before: Size, after: Size) -> str:
-    """The text of README.md for a pruned checkpoint."""
+def card(
+    why: About, arrangement: Arrangement, sizes: tuple[Size, Size], making: Making = DROPPED
+) -> str:
+    """The text of README.md for a smaller checkpoint; `sizes` are before and after."""
     parts = [
-        *_head(why, arrangement),
-        *_sizes(arrangement, before, after),
-        *_reasons(why.plan, arrangement),
+        *_head(why, arrangement, making),
+        *_sizes(arrangement, *sizes),
+        *_reasons(why.plan, arrangement, making),
         *_layers(arrangement),
-        *_costs(why.costs),
+        *cost_lines(why.costs),
         *_loading(arrangement),
     ]
     return "\n".join(parts) + "\n"
@@ -157,22 +190,21 @@ def _front_matter(card: Path) -> list[str]:
     return kept
 
 
-def _head(why: About, arrangement: Arrangement) -> list[str]:
+def _head(why: About, arrangement: Arrangement, making: Making) -> list[str]:
     fields, name = {line.partition(":")[0] for line in why.front}, why.base
     unknown = [] if "license" in fields else ["# license: that of the base model; state it here"]
-    n_experts, counts = arrangement.keep.n_experts, _spread(arrangement.keep.keep.values())
+    n_experts, counts = (_spread(held) for held in _counts(arrangement.keep))
     return [
         "---",
         *why.front,
         *unknown,
         f"base_model: {_quoted(name)}",
-        "tags: [mixture-of-experts, pruned, moecollab]",
+        f"tags: [mixture-of-experts, {making.tag}, moecollab]",
         "---",
         "",
-        f"# {name} with {counts} of {n_experts} experts a layer",
+        f"# {name} with {making.title or f'{counts} of {n_experts} experts a layer'}",
         "",
-        f"Made from `{name}` by removing routed experts, without any training, with moecollab "
-        f"{versions().get('moecollab', '')}.",
+        f"Made from `{name}` by {making.done}, with moecollab {versions().get('moecollab', '')}.",
         "",
     ]
 
@@ -183,18 +215,24 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _spread(kept: Iterable[Sequence[int]]) -> str:
-    counts = sorted({len(one) for one in kept})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+def _spread(counts: Iterable[int]) -> str:
+    """Numbers of experts by layer, in words."""
+    found = sorted(set(counts))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _counts(keep: Keep) -> tuple[list[int], list[int]]:
+    """Experts of every layer before and after."""
+    return list(keep.counts.values()), [len(kept) for kept in keep.keep.values()]
 
 
 def _sizes(arrangement: Arrangement, before: Size, after: Size) -> list[str]:
     keep = arrangement.keep
-    left = sum(len(kept) for kept in keep.keep.values())
+    old, new = _counts(keep)
     rows = [
         ("MoE layers", len(keep.keep), len(keep.keep)),
-        ("routed experts", len(keep.keep) * keep.n_experts, left),
-        ("experts a layer", keep.n_experts, _spread(keep.keep.values())),
+        ("routed experts", sum(old), sum(new)),
+        ("experts a layer", _spread(old), _spread(new)),
         ("experts a token", keep.top_k, keep.top_k),
         ("numbers stored", f"{before.parameters:,}", f"{after.parameters:,}"),
         ("bytes of weights", f"{before.n_bytes:,}", f"{after.n_bytes:,}"),
@@ -204,25 +242,33 @@ def _sizes(arrangement: Arrangement, before: Size, after: Size) -> list[str]:
     ]
 
 
-def _reasons(plan: Plan | None, arrangement: Arrangement) -> list[str]:
-    lines = ["", "## What was dropped", ""]
-    made = arrangement.keep.settings
-    criterion = made.get("criterion") if plan is None else plan.criterion
-    lines.append(f"- **Criterion**: {criterion or 'not known: the kept experts were given'}.")
-    if plan is not None:
-        asked = {"drop": round(plan.drop, 6), "per": plan.per}
-        asked |= {} if plan.budget is None else plan.budget.as_json()
-        said = ", ".join(f"{name} {value}" for name, value in asked.items())
-        lines.append(f"- **Budget**: {said}.")
-        protected = sum(map(len, plan.protected.values()))
-        if protected:
-            lines.append(f"- **Protected**: {protected} experts that had to stay.")
-        if plan.sureness is not None:
-            lines.append(f"- **Sureness**: those kept stay in {plan.sureness:.1%} of draws.")
-        recorded = plan.activations or "no recording: from the weights alone, or not known"
-        lines.append(f"- **Calibration**: recording with digest {recorded}.")
-    lines.append("- Original ids of all experts that stayed: `experts` in `moecollab.json`.")
-    return lines
+def _reasons(plan: Plan | None, arrangement: Arrangement, making: Making) -> list[str]:
+    lines = ["", f"## {making.heading}", "", *making.lines]
+    if making.planned:
+        made = arrangement.keep.settings
+        criterion = made.get("criterion") if plan is None else plan.criterion
+        lines.append(f"- **Criterion**: {criterion or 'not known: the kept experts were given'}.")
+        lines += [] if plan is None else _plan_lines(plan)
+    return [
+        *lines,
+        "- **Experts** that stayed, by the ids of the base: `experts` in `moecollab.json`; by "
+        "those of the model before any cut, where the base was cut itself: `original`.",
+    ]
+
+
+def _plan_lines(plan: Plan) -> list[str]:
+    """What a plan tells beside its criterion."""
+    asked = {"drop": round(plan.drop, 6), "per": plan.per}
+    asked |= {} if plan.budget is None else plan.budget.as_json()
+    said = ", ".join(f"{name} {value}" for name, value in asked.items())
+    lines = [f"- **Budget**: {said}."]
+    protected = sum(map(len, plan.protected.values()))
+    if protected:
+        lines.append(f"- **Protected**: {protected} experts that had to stay.")
+    if plan.sureness is not None:
+        lines.append(f"- **Sureness**: those kept stay in {plan.sureness:.1%} of draws.")
+    recorded = plan.activations or "no recording: from the weights alone, or not known"
+    return [*lines, f"- **Calibration**: recording with digest {recorded}."]
 
 
 def _layers(arrangement: Arrangement) -> list[str]:
@@ -231,64 +277,9 @@ def _layers(arrangement: Arrangement) -> list[str]:
     lines.append("| --: | --: | --: | --: |")
     for layer, kept in keep.keep.items():
         lines.append(
-            f"| {layer} | {keep.n_experts} | {len(kept)} | {len(dummies.get(layer, []))} |"
+            f"| {layer} | {keep.counts[layer]} | {len(kept)} | {len(dummies.get(layer, []))} |"
         )
     return lines
-
-
-def _costs(rows: Sequence[Row]) -> list[str]:
-    lines = ["", "## What it costs", ""]
-    if not rows:
-        return [
-            *lines,
-            "Not measured yet. On text and tasks of your own, here and on the base:",
-            "",
-            "```",
-            "moecollab evaluate MODEL --corpus held_out.jsonl --tasks arc_easy --out pruned.json",
-            "```",
-        ]
-    lines += ["| model | measure | value | standard error | n |", "| --- | --- | --: | --: | --: |"]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _evaluation(given: Any) -> Mapping[str, Any]:  # noqa: ANN401 (an Evaluation or its file)
-    """An evaluation as plain data."""
-    if not isinstance(given, str | PathLike):
-        found: Mapping[str, Any] = given.as_json()
-        return found
-    read = read_json(Path(given))
-    check_manifest(read, "evaluation", 1, Path(given))
-    return read
-
-
-def _check_plan(found: Mapping[str, Any], keep: Keep, base: Path) -> None:
-    """Refuses what was measured neither on the model that is cut nor under this plan."""
-    tried = found.get("plan")
-    fitting = [one.as_json()["keep"] for one in (keep, kept_of(base)) if one is not None]
-    known = isinstance(tried, Mapping) and tried.get("keep") in fitting and "mode" not in tried
-    if tried is not None and not known:
-        raise DataError(
-            f"evaluation {found.get('name')!r} is of another plan than the one that is cut; "
-            "evaluate the whole model, or this plan under a mask"
-        )
-
-
-def _rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
-    """Model, measure, value, standard error and size of every measure."""
-    try:
-        documents = found["documents"]
-        name = " ".join(str(found["name"]).split()).replace("|", "\\|")
-        if documents is not None:
-            tokens = sum(documents["tokens"])
-            loss = math.fsum(documents["nll"]) / tokens
-            yield name, "loss, nats a token", f"{loss:.4f}", "", f"{tokens:,} tokens"
-        for task in found["tasks"]:
-            value, error = ("" if task[key] is None else f"{task[key]:.4g}" for key in _VALUES)
-            yield name, f"{task['task']} {task['metric']}", value, error, f"{task['n']:,} questions"
-    except (LookupError, TypeError, ZeroDivisionError) as cause:
-        raise DataError(
-            f"evaluation {found.get('name')!r} is not whole ({cause!r}); evaluate again"
-        ) from cause
 
 
 def _loading(arrangement: Arrangement) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from moecollab.models.routing import MoeLayer, text_config
+from moecollab.models.uneven import ENTRY
 
 FURTHER = (
     "num_nextn_predict_layers",
@@ -35,6 +36,21 @@ def count_field(model: nn.Module, layer: MoeLayer) -> tuple[Any, str]:
     for part in path:
         owner = getattr(owner, part)
     return owner, name
+
+
+def set_count(
+    model: nn.Module, layer: MoeLayer, count: int, entry: Mapping[str, Any] | None = None
+) -> None:
+    """Writes how many experts there are into a model's configuration.
+
+    `entry` says the numbers of layers that differ; without it, what an earlier cut said goes.
+    """
+    owner, name = count_field(model, layer)
+    setattr(owner, name, count)
+    config: Any = vars(model)["config"]
+    vars(config).pop(ENTRY, None)
+    for key, value in (entry or {}).items():
+        setattr(config, key, value)
 
 
 def count_names(model: nn.Module, layer: MoeLayer) -> list[str]:

@@ -88,14 +88,18 @@ def _distinct(ids: object) -> tuple[int, ...]:
 
 
 def _of_scores(scores: Scores) -> Ranked:
-    order = np.argsort(-scores.values, axis=1, kind="stable")
-    return {layer: tuple(row.tolist()) for layer, row in zip(scores.layers, order, strict=True)}
+    layers = zip(scores.layers, scores.values, scores.counts_of_experts, strict=True)
+    return {
+        layer: tuple(np.argsort(-row[:count], kind="stable").tolist())
+        for layer, row, count in layers
+    }
 
 
 def _of_plan(plan: Plan) -> Ranked:
     found = {}
     for place, (layer, kept) in enumerate(plan.keep.items()):
-        worth = np.zeros(plan.n_experts) if plan.scores is None else plan.scores[place]
-        stays = np.isin(np.arange(plan.n_experts), kept)
+        count = plan.counts[layer]
+        worth = np.zeros(count) if plan.scores is None else plan.scores[place, :count]
+        stays = np.isin(np.arange(count), kept)
         found[layer] = tuple(np.lexsort((-worth, ~stays)).tolist())  # the last key decides first
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -156,13 +156,15 @@ class _Rounds:
         folder.mkdir(parents=True, exist_ok=True)
         with self._masked(before):
             acts = self._recorded(folder / "activations")
-        return plan(
+        made = plan(
             self._scored(folder, acts, drop),
             drop=drop,
             drop_list=None if before is None else before.dropped,
-            out=folder / PLAN,
             **self.budget,
         )
+        listed = replace(made, drop_list={})  # nobody asked for it: layers may be equalised yet
+        listed.save(folder / PLAN)
+        return listed
 
     @contextmanager
     def _masked(self, before: Plan | None) -> Iterator[None]:

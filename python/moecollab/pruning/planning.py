@@ -56,7 +56,8 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
     scores : Scores or path
         One score per expert; higher means keep, and of equals the smaller id is kept.
     drop : float, optional
-        Fraction of experts to drop, in [0, 1); rounded to ``floor(drop * n + 0.5)`` experts.
+        Fraction of experts to drop, in [0, 1); rounded to ``floor(drop * n + 0.5)`` experts, of the
+        `n` of each layer with ``per="layer"``.
     experts : int, optional
         Experts to keep: in each layer with ``per="layer"``, else in the model.
     mass : float, optional
@@ -68,12 +69,12 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         Most gigabytes (10⁹ bytes) of tensors in the checkpoint that is left; needs `model`. Kept
         are as many experts as fit, without those of the `drop_list`: they go even where all fit.
     per : {"layer", "model", "entropy", "similarity"}
-        How layers share the budget. "layer": every layer drops equally many; under `memory_gb`
-        some drop more if the `drop_list` takes more of them. "model": the lowest
-        scores of the model go. "entropy": layers keep experts in proportion to exp(H), H the
-        entropy of the shares of their scores. "similarity": GRAPE's allocation (arXiv:2604.06542,
-        :func:`moecollab.pruning.sequences.by_similarity`). With all but "layer", what one layer
-        cannot give goes elsewhere.
+        How layers share the budget. "layer": every layer drops equally many, or the same share
+        where layers differ; under `memory_gb` some drop more if the `drop_list` takes more of
+        them. "model": the lowest scores of the model go. "entropy": layers keep experts in
+        proportion to exp(H), H the entropy of the shares of their scores. "similarity": GRAPE's
+        allocation (arXiv:2604.06542, :func:`moecollab.pruning.sequences.by_similarity`). With all
+        but "layer", what one layer cannot give goes elsewhere.
     floor : int
         Experts that every layer keeps at least; never fewer than the router selects.
     groups : int, optional
@@ -116,7 +117,7 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         check_made_for(found, budget.drop)
     protected = read_sites("keep", keep, found)
     known = _groups(found, groups)
-    gone = decide(
+    kept = decide(
         replace(found, groups=known),
         budget,
         protected=protected,
@@ -124,10 +125,11 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         footprint=_footprint(model) if memory_gb is not None else None,
         similarity=_matrices(similarity),
     )
-    went = float(gone.mean()) if budget.drop is None else budget.drop
+    n_gone = found.n_sites - int(kept.sum())
+    went = n_gone / found.n_sites if budget.drop is None else budget.drop
     check_made_for(found, went, 0.5 / found.n_experts)
     made = Plan(
-        keep=kept_ids(gone, found.layers),
+        keep=kept_ids(kept, found.layers),
         n_experts=found.n_experts,
         top_k=found.top_k,
         criterion=found.criterion,
@@ -138,7 +140,9 @@ def plan(  # noqa: PLR0913 (a budget can be said in several ways)
         activations=found.activations,
         budget=None if drop is not None and budget == Budget(drop=drop, per=per) else budget,
         groups=known,
-        sureness=_sureness(found, budget, ~gone) if not protected and not doomed else None,
+        sureness=_sureness(found, budget, kept) if not protected and not doomed else None,
+        experts_per_layer=found.experts_per_layer,
+        drop_list=doomed,
     )
     if out is not None:
         made.save(out, overwrite=overwrite)
@@ -154,7 +158,7 @@ def decide(
     footprint: Footprint | None = None,
     similarity: NDArray[np.float64] | None = None,
 ) -> NDArray[np.bool_]:
-    """Which experts go under a budget: bool array of shape (n_layers, n_experts).
+    """Which experts stay under a budget: bool array of shape (n_layers, n_experts).
 
     The arguments are those of :func:`plan`, read and checked.
 
@@ -170,7 +174,7 @@ def decide(
         footprint=footprint,
         similarity=similarity,
     )
-    return allocation.units.gone(allocation.n_gone())
+    return scores.present & ~allocation.units.gone(allocation.n_gone())
 
 
 def _sureness(scores: Scores, budget: Budget, kept: NDArray[np.bool_]) -> float | None:
@@ -196,8 +200,9 @@ def _groups(scores: Scores, asked: int | None) -> RouterGroups | None:
         return scores.groups
     if scores.groups is not None:
         raise SettingsError("groups", asked, f"{scores.groups.count}, as was recorded, or left out")
-    if asked not in (n for n in range(1, scores.n_experts + 1) if scores.n_experts % n == 0):
-        raise SettingsError("groups", asked, f"a divisor of the {scores.n_experts} experts")
+    for n in dict.fromkeys(scores.counts_of_experts):
+        if asked < 1 or n % asked:
+            raise SettingsError("groups", asked, f"a divisor of the {n} experts")
     count = int(asked)
     return None if count == 1 else RouterGroups(count, -(-scores.top_k // count))
 
@@ -213,10 +218,12 @@ def _units(
         row, expert = np.argwhere(guarded & out)[0]
         where = f"layer {scores.layers[row]} expert {expert}"
         raise SettingsError("drop_list", where, "of experts that are not in keep")
-    if floor > scores.n_experts:
-        raise SettingsError("floor", floor, f"at most the {scores.n_experts} experts of a layer")
+    fewest = min(scores.counts_of_experts)
+    if floor > fewest:
+        raise SettingsError("floor", floor, f"at most the {fewest} experts of a layer")
     n_groups, least = grouped(groups, max(scores.top_k, floor))
-    return make_units(scores.values, guarded, out, n_groups=n_groups, least=least)
+    counts = scores.counts_of_experts
+    return make_units(scores.values, guarded, out, counts=counts, n_groups=n_groups, least=least)
 
 
 def _footprint(model: ModelLike | Footprint | None) -> Footprint | None:

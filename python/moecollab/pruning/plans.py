@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moecollab.errors import DataError, MissingInputError, PlanError, SettingsError, ShapeError
 from moecollab.manifest import check_manifest, manifest, read_json, write_json
 from moecollab.models.groups import RouterGroups, groups_from_json
+from moecollab.models.widths import counts_from_json, present
 from moecollab.pruning.budgets import Budget, Per
 from moecollab.pruning.sites import kept_ids, site_mask, with_number_keys, with_text_keys
 from moecollab.pruning.units import make_units
@@ -31,7 +32,7 @@ class Plan:
     keep : dict of int to tuple of int
         Kept expert ids of every MoE layer, ascending; at least `top_k` each.
     n_experts : int
-        Routed experts per layer before anything goes.
+        Routed experts per layer before anything goes; the most of one where layers differ.
     top_k : int
         Experts that the router selects per token.
     criterion : str
@@ -53,6 +54,10 @@ class Plan:
     sureness : float, optional
         Probability that an expert that stays would stay if the documents were others like them,
         mean over those that stay; known from scores with a spread under the same budget.
+    experts_per_layer : tuple of int, optional
+        Routed experts of every layer before anything goes, where layers differ.
+    drop_list : dict of int to tuple of int
+        Expert ids that had to go.
     """
 
     keep: dict[int, tuple[int, ...]]
@@ -67,17 +72,28 @@ class Plan:
     budget: Budget | None = None
     groups: RouterGroups | None = None
     sureness: float | None = None
+    experts_per_layer: tuple[int, ...] | None = None
+    drop_list: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks that the plan can be carried out."""
         Budget(drop=self.drop, per=self.per)
         if not self.keep or list(self.keep) != sorted(self.keep):
             raise PlanError("the plan's layers are empty or out of order; make it with plan()")
+        counts = self.experts_per_layer
+        if counts is not None and (len(counts) != len(self.keep) or max(counts) != self.n_experts):
+            raise PlanError(
+                f"the plan has experts_per_layer {list(counts)} for {len(self.keep)} layers of up "
+                f"to {self.n_experts} experts; make it again"
+            )
         for layer, kept in self.keep.items():
-            _check_layer(layer, kept, self.n_experts, self.top_k)
+            _check_layer(layer, kept, self.counts[layer], self.top_k)
         for layer, held in self.protected.items():
             if not set(held) <= set(self.keep.get(layer, ())):
                 raise PlanError(f"layer {layer} drops an expert it protects; make the plan again")
+        for layer, listed in self.drop_list.items():
+            if not set(listed) <= set(self.dropped.get(layer, ())):
+                raise PlanError(f"layer {layer} keeps an expert of its drop-list; make it again")
         if self.scores is not None and self.scores.shape != (len(self.keep), self.n_experts):
             raise ShapeError(
                 f"the plan has scores of shape {self.scores.shape}, expected "
@@ -90,17 +106,22 @@ class Plan:
         return tuple(self.keep)
 
     @property
+    def counts(self) -> dict[int, int]:
+        """Routed experts of every layer before anything goes."""
+        held = self.experts_per_layer or (self.n_experts,) * len(self.keep)
+        return dict(zip(self.keep, held, strict=True))
+
+    @property
     def n_sites(self) -> int:
         """Number of routed experts before anything goes."""
-        return len(self.keep) * self.n_experts
+        return sum(self.counts.values())
 
     @property
     def dropped(self) -> dict[int, tuple[int, ...]]:
         """Ids of the experts that go, of every layer, ascending."""
-        everyone = range(self.n_experts)
         return {
-            layer: tuple(expert for expert in everyone if expert not in set(kept))
-            for layer, kept in self.keep.items()
+            layer: tuple(sorted(set(range(count)) - set(self.keep[layer])))
+            for layer, count in self.counts.items()
         }
 
     @property
@@ -123,6 +144,8 @@ class Plan:
         ------
         MissingInputError
             When the plan holds no scores.
+        PlanError
+            When a layer has fewer experts than another is to keep.
         """
         if self.uniform:
             return self
@@ -131,17 +154,29 @@ class Plan:
                 "the plan holds no scores, so its layers cannot be equalised; make it from scores"
             )
         n_groups, least = grouped(self.groups, self.top_k)
-        guarded = site_mask(self.protected, self.layers, self.n_experts)
+        counts = tuple(self.counts.values())
         units = make_units(
-            self.scores, guarded, np.zeros_like(guarded), n_groups=n_groups, least=least
+            self.scores,
+            site_mask(self.protected, self.layers, self.n_experts),
+            site_mask(self.drop_list, self.layers, self.n_experts),
+            counts=counts,
+            n_groups=n_groups,
+            least=least,
         )
         mean = (self.n_sites - self.n_dropped) / len(self.keep) / n_groups
-        n_gone = min(units.n_units - math.floor(mean + 0.5), int(units.may.min()))
-        gone = units.gone(np.full(len(self.keep), n_gone))
+        left = max(math.floor(mean + 0.5), int((units.size - units.may).max()))
+        left = min(left, int((units.size - units.must).min()))
+        if (units.size - units.may).max() > left:
+            raise PlanError(
+                f"one layer has {left * n_groups} experts and another protects more, so no number "
+                "is right for all; protect fewer (or shorten the drop-list, whose experts do not "
+                "count), or pass uneven='native'"
+            )
+        kept = present(counts, self.n_experts) & ~units.gone(units.size - left)
         return replace(
             self,
-            keep=kept_ids(gone, self.layers),
-            drop=n_gone / units.n_units,
+            keep=kept_ids(kept, self.layers),
+            drop=(self.n_sites - left * n_groups * len(counts)) / self.n_sites,
             per="layer",
             budget=None,
             sureness=None,
@@ -162,6 +197,12 @@ class Plan:
                 "top_k": self.top_k,
                 "scores": None if self.scores is None else self.scores.tolist(),
             }
+            | (
+                {}
+                if self.experts_per_layer is None
+                else {"experts_per_layer": list(self.experts_per_layer)}
+            )
+            | ({"drop_list": with_text_keys(self.drop_list)} if self.drop_list else {})
             | ({} if self.sureness is None else {"sureness": self.sureness})
             | ({} if self.groups is None else {"router_groups": self.groups.as_json()})
         )
@@ -208,6 +249,8 @@ def plan_from_json(found: Mapping[str, Any], where: str) -> Plan:
             budget=None if budget is None else Budget.from_json(budget),
             groups=groups_from_json(found.get("router_groups")),
             sureness=found.get("sureness"),
+            experts_per_layer=counts_from_json(found.get("experts_per_layer"), len(found["keep"])),
+            drop_list=with_number_keys(found.get("drop_list", {})),
         )
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as cause:
         if isinstance(cause, PlanError | DataError | SettingsError):

@@ -18,12 +18,41 @@ from moecollab.errors import DataError, PlanError, SettingsError
 from moecollab.manifest import new_folder, refuse_existing, write_bytes, write_json
 from moecollab.models.keep import Keep, check_cut, check_keep, check_untied, read_keep
 from moecollab.models.loading import ModelLike, load_model, quiet
-from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
+from moecollab.models.masked import (
+    MASK_FILE,
+    PRUNED,
+    cut_in_memory,
+    note_cut,
+    original_of,
+    read_masked,
+)
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import all_or_nothing, slice_experts, slice_router
-from moecollab.models.uneven import Arrangement, Uneven, arranged, bar, barred, check_padding
-from moecollab.pruning.card import CARD, Size, about, base_name, card, of_the_base
-from moecollab.pruning.counts import count_field, count_names, further_counts, holder_of
+from moecollab.models.uneven import (
+    Arrangement,
+    Uneven,
+    arranged,
+    bar,
+)
+from moecollab.pruning.card import (
+    CARD,
+    DROPPED,
+    About,
+    Making,
+    Size,
+    about,
+    base_name,
+    card,
+    of_the_base,
+    origin_of,
+)
+from moecollab.pruning.counts import (
+    count_field,
+    count_names,
+    further_counts,
+    holder_of,
+    set_count,
+)
 from moecollab.pruning.plans import Plan, load_plan
 from moecollab.pruning.streaming.folder import Writing, prune_folder
 from moecollab.pruning.streaming.journal import begun
@@ -104,7 +133,7 @@ def prune(
     if not isinstance(model, nn.Module) and read_masked(model) is not None:
         raise PlanError(f"{model} is a masked model; prune the model that it masks instead")
     made = decided if isinstance(decided, Plan) else None
-    why = about(_origin(model), keep, made, evaluations)
+    why = about(model, keep, made, evaluations)
     how = Writing(shard_size=size, verify=verify, overwrite=overwrite, uneven=uneven, about=why)
     if source is not None and out is not None:
         return prune_folder(source, keep, Path(out), how)
@@ -116,13 +145,6 @@ def _folder(model: ModelLike) -> Path | None:
     return None if isinstance(model, nn.Module) or not Path(model).is_dir() else Path(model)
 
 
-def _origin(model: ModelLike) -> str:
-    """Path or hub name that a model came from, or its class if it came from nowhere."""
-    if isinstance(model, nn.Module):
-        return str(getattr(model, "name_or_path", "") or type(model).__name__)
-    return str(model)
-
-
 def _prune_loaded(
     model: ModelLike, keep: Keep, out: str | PathLike[str] | None, how: Writing
 ) -> Any:  # noqa: ANN401
@@ -132,16 +154,14 @@ def _prune_loaded(
     check_keep(keep, layers)
     check_cut(layers)
     check_untied(loaded, layers)
-    check_padding(keep, barred(layers))
     arrangement = arranged(keep, how.uneven, layers)
-    before = Size.of_model(loaded)
+    before, since = Size.of_model(loaded), cut_in_memory(loaded)
     _cut(loaded, layers, arrangement)
     if out is not None:
-        note = {"kind": PRUNED} | arrangement.note()
+        note = {"kind": PRUNED} | arrangement.note(original_of(origin_of(model), keep, since))
         with written(loaded, tokenizer, model, Path(out), note, how) as folder:
             if how.about is not None:
-                text = card(how.about, arrangement, before, Size.of_folder(folder))
-                write_bytes(folder / CARD, text.encode())
+                write_card(folder, how.about, arrangement, before)
     return loaded
 
 
@@ -160,9 +180,17 @@ def written(
     """
     with new_folder(out, overwrite=how.overwrite) as folder, quiet():
         _save(loaded, folder, how.shard_size)
-        _save_beside(tokenizer, Path(_origin(source)), folder)
+        _save_beside(tokenizer, Path(origin_of(source)), folder)
         write_json(folder / MASK_FILE, note)
         yield folder
+
+
+def write_card(
+    folder: Path, why: About, arrangement: Arrangement, before: Size, making: Making = DROPPED
+) -> None:
+    """Writes the card of a checkpoint that is there; `before` is the size of its base."""
+    text = card(why, arrangement, (before, Size.of_folder(folder)), making)
+    write_bytes(folder / CARD, text.encode())
 
 
 def check_uniform(keep: Keep) -> None:
@@ -185,10 +213,8 @@ def _cut(model: nn.Module, layers: list[MoeLayer], arrangement: Arrangement) -> 
             changes += slice_experts(layer, held)
             if layer.layer in dummies:
                 changes.append(bar(layer, dummies[layer.layer]))
-    owner, name = count_field(model, layers[0])
-    setattr(owner, name, arrangement.count)
-    for entry, value in arrangement.config_entry().items():
-        setattr(vars(model)["config"], entry, value)
+    set_count(model, layers[0], arrangement.count, arrangement.config_entry())
+    note_cut(model, arrangement.held)
 
 
 def _save(model: Any, folder: Path, size: int) -> None:  # noqa: ANN401

@@ -59,20 +59,20 @@ def agreement(
     found = [one if isinstance(one, Scores) else load_scores(one) for one in scores]
     if len(found) < 2:
         raise DataError(f"{len(found)} scores have nothing to agree with; give two or more")
-    if len({(one.layers, one.values.shape) for one in found}) > 1:
+    if len({(one.layers, one.counts_of_experts) for one in found}) > 1:
         raise ShapeError(
             "the scores are not of the same layers and experts; give those of one model"
         )
     names = _names(scores, found)
     for one in found:
         check_made_for(one, drop)
-    kept = [~decide(one, budget) for one in found]
+    kept = [decide(one, budget) for one in found]
     rows = [
         {
             "first": names[one],
             "second": names[other],
-            "spearman": _spearman(found[one].values, found[other].values),
-            "kendall": _kendall(found[one].values, found[other].values),
+            "spearman": _spearman(_rows(found[one]), _rows(found[other])),
+            "kendall": _kendall(_rows(found[one]), _rows(found[other])),
             "jaccard": float(jaccard(kept[one], kept[other]).mean()),
         }
         for one, other in combinations(range(len(found)), 2)
@@ -95,20 +95,30 @@ def _names(given: Sequence[Scores | str | PathLike[str]], found: Sequence[Scores
     ]
 
 
-def _spearman(first: NDArray[np.float64], second: NDArray[np.float64]) -> float | None:
+def _rows(scores: Scores) -> list[NDArray[np.float64]]:
+    """Scores of every layer's experts."""
+    layers = zip(scores.values, scores.counts_of_experts, strict=True)
+    return [row[:count] for row, count in layers]
+
+
+def _spearman(
+    first: Sequence[NDArray[np.float64]], second: Sequence[NDArray[np.float64]]
+) -> float | None:
     """Correlation of ranks, ties averaged."""
     from scipy.stats import rankdata
 
-    ranks = [rankdata(one, axis=1) for one in (first, second)]
-    centred = [one - one.mean(axis=1, keepdims=True) for one in ranks]
-    sizes = np.sqrt((centred[0] ** 2).sum(axis=1) * (centred[1] ** 2).sum(axis=1))
-    known = sizes > 0
-    if not known.any():
-        return None
-    return float(((centred[0] * centred[1]).sum(axis=1)[known] / sizes[known]).mean())
+    found = []
+    for rows in zip(first, second, strict=True):
+        one, other = (rankdata(row) - (len(row) + 1) / 2 for row in rows)
+        size = np.sqrt((one**2).sum() * (other**2).sum())
+        if size > 0:
+            found.append((one * other).sum() / size)
+    return float(np.mean(found)) if found else None
 
 
-def _kendall(first: NDArray[np.float64], second: NDArray[np.float64]) -> float | None:
+def _kendall(
+    first: Sequence[NDArray[np.float64]], second: Sequence[NDArray[np.float64]]
+) -> float | None:
     """Kendall's tau-b."""
     from scipy.stats import kendalltau
 

@@ -190,7 +190,7 @@ class Resampler:
         with track("resample", resamples) as bar:
             for number in range(resamples):
                 values[number] = self._scored(rng, seed + 1 + number)
-                kept[number] = ~decide(replace(self.whole, values=values[number]), self.budget)
+                kept[number] = decide(replace(self.whole, values=values[number]), self.budget)
                 bar.advance(1)
         return values, kept
 
@@ -201,6 +201,7 @@ class Resampler:
             top_k=self.whole.top_k,
             drop=self.budget.drop or Evidence.drop,
             seed=seed,
+            experts_per_layer=self.whole.experts_per_layer,
         )
         shown = drawn_evidence(self.criterion, self.sources, plain, rng)
         return _mean([self.criterion.function(one) for one in shown])
@@ -227,9 +228,9 @@ def _whole(
     if len(each) == 1:
         return first
     for other, acts in zip(each, recordings, strict=True):
-        if (other.layers, other.values.shape, other.top_k) != (
+        if (other.layers, other.counts_of_experts, other.top_k) != (
             first.layers,
-            first.values.shape,
+            first.counts_of_experts,
             first.top_k,
         ):
             raise ShapeError(f"{acts.path} is not of the same model; resample recordings of one")
@@ -240,7 +241,12 @@ def _whole(
     else:
         by_domain = reduce(Tallies.merge, [acts.tallies() for acts in recordings])
         evidence = Evidence(
-            tallies=by_domain.total(), by_domain=by_domain, top_k=first.top_k, drop=drop, seed=seed
+            tallies=by_domain.total(),
+            by_domain=by_domain,
+            top_k=first.top_k,
+            drop=drop,
+            seed=seed,
+            experts_per_layer=first.experts_per_layer,
         )
         values, counts = criterion.function(evidence), evidence.tallies.count
     origin = first.activations if same else None

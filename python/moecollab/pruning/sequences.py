@@ -32,7 +32,9 @@ def by_score(units: Units) -> NDArray[np.int64]:
     return rows[order][: int(units.may.sum())].astype(np.int64)
 
 
-def by_entropy(units: Units, scores: NDArray[np.float64]) -> NDArray[np.int64]:
+def by_entropy(
+    units: Units, scores: NDArray[np.float64], present: NDArray[np.bool_]
+) -> NDArray[np.int64]:
     """Layers in the order that keeps their sizes in proportion to the spread of their scores.
 
     The spread of a layer is exp(H) of the shares that its experts have of its scores: how many
@@ -46,10 +48,14 @@ def by_entropy(units: Units, scores: NDArray[np.float64]) -> NDArray[np.int64]:
         What can go.
     scores : float64 array of shape (n_layers, n_experts)
         Scores, ≥ 0.
+    present : bool array of shape (n_layers, n_experts)
+        Which of them are of experts.
     """
-    spread = np.exp(entropies(scores))
+    layers = zip(scores, present, strict=True)
+    spread = np.exp([float(entropies(row[held][None])[0]) for row, held in layers])
     n_gone = units.must.copy()
-    queue = [(-(units.n_units - n - 0.5) / spread[row], -row) for row, n in enumerate(n_gone)]
+    left = units.size - n_gone
+    queue = [(-(n - 0.5) / spread[row], -row) for row, n in enumerate(left)]
     heapq.heapify(queue)
     rows: list[int] = np.repeat(np.arange(units.n_layers), units.must).tolist()
     while queue:
@@ -59,7 +65,7 @@ def by_entropy(units: Units, scores: NDArray[np.float64]) -> NDArray[np.int64]:
             continue
         rows.append(row)
         n_gone[row] += 1
-        heapq.heappush(queue, (-(units.n_units - n_gone[row] - 0.5) / spread[row], -row))
+        heapq.heappush(queue, (-(units.size[row] - n_gone[row] - 0.5) / spread[row], -row))
     return np.asarray(rows, dtype=np.int64)
 
 
@@ -100,11 +106,12 @@ def by_similarity(
     gamma : float
         Share of the entropy that may be lost before a layer rests, in [0, 1).
     """
-    merges = [_Merges(one) for one in similarity]
+    counts = units.size * units.n_groups
+    merges = [_Merges(one[:n, :n]) for one, n in zip(similarity, counts, strict=True)]
     n_gone = units.must.copy()
     for row, n in enumerate(n_gone):
         merges[row].merge(int(n) * units.n_groups)
-    start = _evenness(units.n_units - n_gone)
+    start = _evenness(units.size - n_gone)
     rows: list[int] = np.repeat(np.arange(units.n_layers), units.must).tolist()
     resting: set[int] = set()
     while movable := [row for row in range(units.n_layers) if n_gone[row] < units.may[row]]:
@@ -116,7 +123,7 @@ def by_similarity(
         merges[row].merge(units.n_groups)
         n_gone[row] += 1
         rows.append(row)
-        if _evenness(units.n_units - n_gone) < (1 - gamma) * start:
+        if _evenness(units.size - n_gone) < (1 - gamma) * start:
             resting.add(row)
     return np.asarray(rows, dtype=np.int64)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moecollab.errors import DataError, SettingsError
 from moecollab.manifest import read_json
+from moecollab.models.widths import counts_from_json
 
 if TYPE_CHECKING:  # prune reads plans, and needs neither criteria nor Polars for them
     from moecollab.criteria.scores import Scores
@@ -37,8 +38,9 @@ def read_sites(
     for layer, ids in _opened(name, given).items():
         if layer not in scores.layers:
             raise SettingsError(name, {layer: ids}, f"of the MoE layers {scores.layers}")
-        if ids and not 0 <= ids[0] <= ids[-1] < scores.n_experts:
-            raise SettingsError(name, {layer: ids}, f"of expert ids in [0, {scores.n_experts})")
+        count = scores.counts_of_experts[scores.layers.index(layer)]
+        if ids and not 0 <= ids[0] <= ids[-1] < count:
+            raise SettingsError(name, {layer: ids}, f"of expert ids in [0, {count})")
         if ids:
             found[layer] = ids
     return found
@@ -81,18 +83,20 @@ def _read(name: str, path: Path) -> dict[int, tuple[int, ...]]:
         kept = with_number_keys(found["keep"])
         if name == "keep":
             return kept
-        everyone = set(range(int(found["n_experts"])))
-        return {layer: tuple(everyone - set(ids)) for layer, ids in kept.items()}
+        counts = counts_from_json(found.get("experts_per_layer"), len(kept))
+        held = counts or (int(found["n_experts"]),) * len(kept)
+        layers = zip(kept.items(), held, strict=True)
+        return {layer: tuple(set(range(n)) - set(ids)) for (layer, ids), n in layers}
     except (LookupError, TypeError, AttributeError, ValueError) as cause:
         raise DataError(
             f'{path} is neither a plan nor of experts by layer, as {{"3": [0, 7]}} is; write it so'
         ) from cause
 
 
-def kept_ids(gone: NDArray[np.bool_], layers: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
-    """Ids of the experts that stay, by layer; `gone` has shape (n_layers, n_experts)."""
+def kept_ids(kept: NDArray[np.bool_], layers: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+    """Ids of the experts that stay, by layer; `kept` has shape (n_layers, n_experts)."""
     return {
-        layer: tuple(np.flatnonzero(~row).tolist()) for layer, row in zip(layers, gone, strict=True)
+        layer: tuple(np.flatnonzero(row).tolist()) for layer, row in zip(layers, kept, strict=True)
     }
 
 

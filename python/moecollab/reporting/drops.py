@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from moecollab.criteria.scores import Scores
 from moecollab.pruning.plans import Plan
+from moecollab.pruning.sites import site_mask
 from moecollab.reporting.expert_use import ExpertUse
 
 Site = tuple[int, int]
@@ -44,6 +45,8 @@ class Drops:
         Higher is kept.
     gone : bool array of shape (n_layers, n_experts)
         Which experts are dropped.
+    stays : bool array of shape (n_layers, n_experts)
+        Which experts are kept; where layers have different numbers, some sites are neither.
     use : ExpertUse, optional
         How much each expert is used.
     membership : mapping of (layer, expert) to names
@@ -54,6 +57,7 @@ class Drops:
     layers: tuple[int, ...]
     scores: NDArray[np.float64]
     gone: NDArray[np.bool_]
+    stays: NDArray[np.bool_]
     use: ExpertUse | None = None
     membership: Mapping[Site, tuple[str, ...]] = field(default_factory=dict)
 
@@ -106,14 +110,15 @@ def drops_of(
     values = _values(plan, scores)
     if values is None:
         return None
-    gone = np.zeros(values.shape, dtype=np.bool_)
-    for row, layer in enumerate(plan.layers):
-        gone[row, list(plan.dropped[layer])] = True
+    gone, stays = (
+        site_mask(sites, plan.layers, values.shape[1]) for sites in (plan.dropped, plan.keep)
+    )
     return Drops(
         criterion=plan.criterion,
         layers=plan.layers,
         scores=values,
         gone=gone,
+        stays=stays,
         use=use,
         membership=membership,
     )

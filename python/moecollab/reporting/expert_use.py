@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from moecollab.models.widths import present
 from moecollab.record.activations import Activations
 
 ENOUGH = 20
@@ -32,6 +33,8 @@ class ExpertUse:
         The same within each domain.
     counts : int64 array of shape (n_layers, n_experts)
         Tokens for which each expert was chosen.
+    present : bool array of shape (n_layers, n_experts), optional
+        Which of them are experts, where layers have different numbers; all if None.
     """
 
     layers: tuple[int, ...]
@@ -39,10 +42,16 @@ class ExpertUse:
     overall: NDArray[np.float64]
     by_domain: NDArray[np.float64]
     counts: NDArray[np.int64]
+    present: NDArray[np.bool_] | None = None
+
+    @property
+    def held(self) -> NDArray[np.bool_]:
+        """Which sites are experts: bool array of shape (n_layers, n_experts)."""
+        return np.ones(self.counts.shape, np.bool_) if self.present is None else self.present
 
     @property
     def n_experts(self) -> int:
-        """Experts per layer."""
+        """Experts per layer; the most that one has where layers differ."""
         return int(self.overall.shape[1])
 
     @cached_property
@@ -60,7 +69,7 @@ class ExpertUse:
 
     def busiest(self, fraction: float) -> float:
         """Share of all routed weight that goes to the busiest experts of the model."""
-        ordered = np.sort(self.overall.ravel())[::-1]
+        ordered = np.sort(self.overall[self.held])[::-1]
         taken = ordered[: max(1, round(fraction * ordered.size))]
         return float(taken.sum() / ordered.sum())
 
@@ -89,6 +98,7 @@ def expert_use(acts: Activations) -> ExpertUse:
         overall=_shares(weight.sum(axis=0)),
         by_domain=_shares(weight),
         counts=np.asarray(tallies.count, dtype=np.int64).sum(axis=0),
+        present=present(acts.experts_per_layer, acts.n_experts),
     )
 
 

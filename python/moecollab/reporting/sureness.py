@@ -44,12 +44,12 @@ class Sureness:
     @property
     def staying(self) -> int:
         """Experts that nearly every draw keeps."""
-        return int((self.spread.kept_probability >= CERTAIN).sum())
+        return int((self.spread.kept_probability[self.scores.present] >= CERTAIN).sum())
 
     @property
     def going(self) -> int:
         """Experts that nearly every draw drops."""
-        return int((self.spread.kept_probability <= 1 - CERTAIN).sum())
+        return int((self.spread.kept_probability[self.scores.present] <= 1 - CERTAIN).sum())
 
     @property
     def open(self) -> int:
@@ -60,13 +60,14 @@ class Sureness:
     def order(self) -> NDArray[np.int64]:
         """Experts of each layer, the surest to stay first: int64 (n_layers, n_experts)."""
         ids = np.broadcast_to(np.arange(self.scores.n_experts), self.scores.values.shape)
-        return np.lexsort((ids, -self.scores.values, -self.spread.kept_probability), axis=1)
+        by_layer = (ids, -self.scores.values, -self.spread.kept_probability, ~self.scores.present)
+        return np.lexsort(by_layer, axis=1)
 
     @cached_property
     def n_kept(self) -> NDArray[np.int64]:
         """Experts that each layer keeps of all documents: int64 (n_layers,)."""
-        gone = decide(self.scores, Budget.from_json(self.spread.budget))
-        return np.asarray((~gone).sum(axis=1), dtype=np.int64)
+        kept = decide(self.scores, Budget.from_json(self.spread.budget))
+        return np.asarray(kept.sum(axis=1), dtype=np.int64)
 
 
 def sureness_of(scores: Sequence[Scores], plan: Plan | None) -> tuple[Sureness, ...]:
@@ -111,7 +112,7 @@ def agreement_of(scores: Sequence[Scores], plan: Plan | None) -> Agreement | Non
     for one in scores:
         if one.settings.get("drop", drop) == drop and "domains" not in one.settings:
             fitting.setdefault(one.criterion, one)
-    shapes = {(one.layers, one.values.shape) for one in fitting.values()}
+    shapes = {(one.layers, one.counts_of_experts) for one in fitting.values()}
     if len(fitting) < 2 or len(shapes) > 1:
         return None
     return Agreement(agreement(list(fitting.values()), drop=drop), drop)

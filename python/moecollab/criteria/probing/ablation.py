@@ -46,7 +46,7 @@ _CLOSE_HALF = 1e-2
 def loss_differences(evidence: Evidence) -> NDArray[np.float64]:
     """Nats per predicted token that each expert's loss adds: (n_layers, n_experts)."""
     model, layers, windows = subject(evidence)
-    check_masks(layers, 1)
+    check_masks(layers, [1] * len(layers))
     numbered = [(number, one) for number, one in enumerate(windows) if len(one) > 1]
     if not numbered:
         raise DataError("no window of the text has two tokens, so nothing is predicted; give more")
@@ -61,7 +61,7 @@ def loss_differences(evidence: Evidence) -> NDArray[np.float64]:
                 block.settle(checked.get(row))
                 if row not in checked:
                     checked[row], resumes[row] = block, whole.resumes(block)
-                found[row] += whole.differences(block, resume=resumes[row])
+                found[row, : block.layer.n_experts] += whole.differences(block, resume=resumes[row])
                 bar.advance()
     return found / sum(len(window) - 1 for _, window in numbered)
 

@@ -202,4 +202,4 @@ def _by_layer(evidence: Evidence, statistic: Callable[[Everyone], Tensor]) -> ND
         for one in everyone(model, layers, windows):
             found.append(statistic(one).double().numpy())
             bar.advance()
-    return np.stack(found)
+    return evidence.stacked(found)

@@ -40,7 +40,8 @@ def fisher_information(evidence: Evidence) -> NDArray[np.float64]:
     with differentiable(model), track("differentiating", len(windows)) as bar:
         for number, window in enumerate(windows):
             draw = torch.Generator().manual_seed(evidence.seed + (number << 32))
-            found += _of_window(model, layers, window, draw, f"window {number} of the text")
+            where = f"window {number} of the text"
+            found += evidence.stacked(_of_window(model, layers, window, draw, where))
             bar.advance()
     return found / sum(map(len, windows))
 
@@ -51,8 +52,8 @@ def _of_window(
     window: NDArray[np.int64],
     draw: torch.Generator,
     where: str,
-) -> NDArray[np.float64]:
-    """Sums of squares over the tokens of one window: (n_layers, n_experts)."""
+) -> list[NDArray[np.float64]]:
+    """Sums of squares over the tokens of one window, of every layer's experts."""
     with ExitStack() as stack:
         slots = [stack.enter_context(gains(layer)) for layer in layers]
         logits = logits_in(model, model(**inputs_of(model, window)))[0].float()
@@ -65,7 +66,7 @@ def _of_window(
     for layer, own in zip(layers, slots, strict=True):
         experts = [ids for ids, _ in own]
         found.append(_squares(layer.n_experts, experts, [next(slopes) for _ in own]))
-    return np.stack(found)
+    return found
 
 
 def _squares(

@@ -47,7 +47,7 @@ def of_gradients(
             wanted = [one for layer in part for one in _matrices(layer)]
             read = _read(_sums(model, wanted, windows, bar.advance))
             found += [statistic(expert_matrices(layer, read)) for layer in part]
-    return np.stack(found)
+    return evidence.stacked(found)
 
 
 def _read(sums: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:

@@ -19,7 +19,7 @@ from moecollab.errors import (
     UnsupportedModelError,
 )
 from moecollab.models.groups import router_groups
-from moecollab.models.keep import Keep, check_keep
+from moecollab.models.keep import Keep, check_routers
 from moecollab.models.masked import layer_barred, layer_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 
@@ -44,8 +44,8 @@ def subject(evidence: Evidence) -> tuple[Model, list[MoeLayer], Windows]:
     return evidence.model, find_moe_layers(evidence.model), windows
 
 
-def check_masks(layers: Sequence[MoeLayer], n_dropped: int) -> None:
-    """Raises unless any experts of every layer can be masked, so many at a time.
+def check_masks(layers: Sequence[MoeLayer], n_dropped: Sequence[int]) -> None:
+    """Raises unless any experts of every layer can be masked, so many of each at a time.
 
     Raises
     ------
@@ -54,19 +54,20 @@ def check_masks(layers: Sequence[MoeLayer], n_dropped: int) -> None:
     UnsupportedModelError
         When the routers cannot be masked, as those that choose by groups without a bias.
     """
-    first = layers[0]
-    left = first.n_experts - n_dropped
-    if left < first.top_k:
-        raise SettingsError(
-            "drop",
-            f"{n_dropped} of {first.n_experts} experts",
-            f"such that no fewer than the {first.top_k} that a token chooses are left",
-        )
-    if router_groups(first) is not None:
-        with hidden(first, tuple(range(left))):  # raises if the router has no bias to choose by
+    counts = tuple(layer.n_experts for layer in layers)
+    for layer, n in zip(layers, n_dropped, strict=True):
+        if layer.n_experts - n < layer.top_k:
+            raise SettingsError(
+                "drop",
+                f"{n} of {layer.n_experts} experts",
+                f"such that no fewer than the {layer.top_k} that a token chooses are left",
+            )
+    left = [tuple(range(count - n)) for count, n in zip(counts, n_dropped, strict=True)]
+    if router_groups(layers[0]) is not None:
+        with hidden(layers[0], left[0]):  # raises if the router has no bias to choose by
             return
-    kept = {layer.layer: tuple(range(left)) for layer in layers}
-    check_keep(Keep(kept, first.n_experts, first.top_k), layers)
+    kept = {layer.layer: ids for layer, ids in zip(layers, left, strict=True)}
+    check_routers(Keep(kept, max(counts), layers[0].top_k, experts_per_layer=counts), layers)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -50,9 +51,9 @@ def _single_errors(
 ) -> NDArray[np.float64]:
     """Errors summed over tokens and divided by a size, per layer and expert."""
     model, layers, windows = subject(evidence)
-    check_masks(layers, 1)
+    check_masks(layers, [1] * len(layers))
     found = np.zeros(evidence.shape)
-    with track("leaving one out", found.size) as bar:
+    with track("leaving one out", sum(layer.n_experts for layer in layers)) as bar:
         for row, block in enumerate(blocks_of(model, layers, windows)):
             total = size(block.output)
             for expert in range(block.layer.n_experts):
@@ -67,20 +68,31 @@ def _single_errors(
 def subset_ranks(evidence: Evidence) -> NDArray[np.float64]:
     """Ranks of falling, those of the best set to drop first: (n_layers, n_experts)."""
     model, layers, windows = subject(evidence)
-    n_experts = layers[0].n_experts
-    n_drop = math.floor(evidence.drop * n_experts + 0.5)
-    check_masks(layers, max(1, n_drop))
-    exact = math.comb(n_experts, n_drop) <= SUBSETS
-    search, steps = (every_set, _sets(n_experts, n_drop)) if exact else (greedy, n_drop)
-    with track("trying sets", len(layers) * steps) as bar:
-        blocks = blocks_of(model, layers, windows)
-        gone = [search(block, n_drop, bar) for block in blocks]
-    return np.stack([rank_by_fall(order, n_experts) for order in gone])
+    searches = [_Search.of(layer.n_experts, evidence.drop) for layer in layers]
+    check_masks(layers, [max(1, one.n_drop) for one in searches])
+    with track("trying sets", sum(one.steps for one in searches)) as bar:
+        blocks = zip(blocks_of(model, layers, windows), searches, strict=True)
+        gone = [one.run(block, one.n_drop, bar) for block, one in blocks]
+    return evidence.stacked(rank_by_fall(order, len(order)) for order in gone)
 
 
-def _sets(n_experts: int, n_drop: int) -> int:
-    """Blocks that an exact search runs."""
-    return math.comb(n_experts, n_drop) + n_experts
+@dataclass(frozen=True)
+class _Search:
+    """How the set that one layer drops is looked for."""
+
+    run: Callable[[Block, int, Bar], list[int]]
+    n_drop: int
+    steps: int
+    """Blocks that an exact search runs, or experts that a greedy one drops."""
+
+    @classmethod
+    def of(cls, n_experts: int, drop: float) -> _Search:
+        """The exact search where there are few sets, else the greedy one."""
+        n_drop = math.floor(drop * n_experts + 0.5)
+        sets = math.comb(n_experts, n_drop)
+        if sets > SUBSETS:
+            return cls(greedy, n_drop, n_drop)
+        return cls(every_set, n_drop, sets + n_experts)
 
 
 def every_set(block: Block, n_drop: int, bar: Bar) -> list[int]:

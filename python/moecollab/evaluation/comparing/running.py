@@ -20,6 +20,7 @@ from moecollab.evaluation.perplexity import HeldOut, window_of
 from moecollab.evaluation.subject import Subject, open_subject
 from moecollab.evaluation.tasks import Exam, load_tasks
 from moecollab.manifest import MANIFEST, manifest, read_json, refuse_existing, write_json
+from moecollab.models.applied import applied_to
 from moecollab.patterns.dictionary import HSDL
 from moecollab.progress import track
 from moecollab.record.corpus import Corpus, Source, read_corpus
@@ -123,7 +124,7 @@ def compare(  # noqa: PLR0913 (one parameter per option of the command)
     check_apart(text, judge)
     questions = load_tasks(exams, task_folder, limit=limit) if exams else None
     subject = open_subject(model, tokenizer, dtype)
-    if subject.plan is not None:
+    if applied_to(subject.model):
         raise DataError(f"{subject.path} is masked already; compare criteria on the whole model")
     window = window_of(subject.model.config, context)
     settings = grid.as_json() | {"tasks": exams, "limit": limit, "context": window}

@@ -20,10 +20,19 @@ from moecollab.evaluation.repairing.trainable import Trainable
 from moecollab.manifest import read_json, refuse_existing
 from moecollab.models.keep import Keep, check_cut, check_keep, read_keep
 from moecollab.models.loading import ModelLike, load_model, load_tokenizer
-from moecollab.models.masked import MASK_FILE, PRUNED, read_masked
+from moecollab.models.masked import (
+    MASK_FILE,
+    PRUNED,
+    composed,
+    cut_in_memory,
+    original_of,
+    read_masked,
+)
 from moecollab.models.routing import find_moe_layers
+from moecollab.models.uneven import Arrangement
+from moecollab.pruning.card import Making, Size, about, origin_of
 from moecollab.pruning.plans import Plan, load_plan
-from moecollab.pruning.pruning import SHARD, check_uniform, prune, written
+from moecollab.pruning.pruning import SHARD, check_uniform, prune, write_card, written
 from moecollab.pruning.streaming.folder import Writing
 from moecollab.record.corpus import Corpus, Source, read_corpus
 
@@ -148,17 +157,27 @@ def repair(  # noqa: PLR0913 (each is a setting of the training)
     whole, other = (loaded, None) if teacher is None else load_model(teacher)
     words = tokenizer or other or _tokenizer(loaded, whole)
     windows = [_windows(words, part, loaded) for part in _parts(read_corpus(corpus), seed)]
-    student = Trainable(loaded, keep)
+    decided = load_plan(plan) if isinstance(plan, str | PathLike) else plan
+    why, before = (
+        about(
+            model,
+            keep or Arrangement.as_is(find_moe_layers(loaded)).keep,
+            decided if isinstance(decided, Plan) else None,
+        ),
+        Size.of_model(loaded),
+    )
+    student, since = Trainable(loaded, keep), cut_in_memory(loaded)
     found = _repaired(Pair(student, whole), windows, course)
     if plan is not None and keep is not None:
         prune(loaded, load_plan(plan) if isinstance(plan, str | PathLike) else plan)
     student.write()
     if out is not None:
-        note = _note(model, keep) | {"repaired": found.as_json()}
-        with written(
-            loaded, words, model, Path(out), note, Writing(shard_size=SHARD, overwrite=overwrite)
-        ):
-            pass
+        layers = find_moe_layers(loaded)
+        arrangement = Arrangement.as_is(layers) if keep is None else Arrangement(keep, keep, False)
+        note = _note(origin_of(model), arrangement, keep, since) | {"repaired": found.as_json()}
+        writing = Writing(shard_size=SHARD, overwrite=overwrite)
+        with written(loaded, words, model, Path(out), note, writing) as folder:
+            write_card(folder, why, arrangement, before, _making(found, keep))
     return found
 
 
@@ -238,9 +257,42 @@ def _by_document(values: Any, windows: Sequence[Window]) -> Any:  # noqa: ANN401
     return np.bincount(rows, weights=values)[np.unique(rows)]
 
 
-def _note(model: ModelLike, keep: Keep | None) -> dict[str, Any]:
-    """What is written beside the model: what is kept, or what the small model came with."""
+def _note(
+    origin: str, arrangement: Arrangement, keep: Keep | None, since: Keep | None
+) -> dict[str, Any]:
+    """What is written beside the model: what is kept, or what the small model came with.
+
+    `since` is what was cut in memory before, of the model in the folder `origin`.
+    """
     if keep is not None:
-        return {"kind": PRUNED, "experts": keep.as_json()}
-    file = None if isinstance(model, nn.Module) else Path(model) / MASK_FILE
-    return read_json(file) if file is not None and file.is_file() else {"kind": "repaired model"}
+        return {"kind": PRUNED} | arrangement.note(original_of(origin, keep, since))
+    if since is not None:
+        kept = composed(since, arrangement.keep)
+        note = {"kind": PRUNED} | arrangement.note(original_of(origin, kept))
+        return note | {"experts": kept.as_json()}
+    file = Path(origin) / MASK_FILE
+    before = read_json(file) if file.is_file() else {"kind": "repaired model"}
+    return {"loads": arrangement.loads} | before
+
+
+def _making(found: Repair, keep: Keep | None) -> Making:
+    """What the card says of the training."""
+    trained = "training its routers and norms to predict what the whole model does"
+    return Making(
+        done=trained if keep is None else f"removing routed experts and {trained}",
+        title="routers and norms repaired" if keep is None else "",
+        heading="What was trained" if keep is None else "What was dropped and trained",
+        lines=(
+            f"- **Repair**: KL from the whole model {found.before:.4f} nats a token before and "
+            f"{found.after:.4f} after {found.steps} steps, on {found.documents} documents that "
+            f"were not trained on: gain {found.gain:.4f}, {_sure(found)}.",
+        ),
+        planned=keep is not None,
+    )
+
+
+def _sure(found: Repair) -> str:
+    if found.interval is None:
+        return "too few documents for an interval"
+    low, high = found.interval
+    return f"95 % interval [{low:.4f}, {high:.4f}]"

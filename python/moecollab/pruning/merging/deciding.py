@@ -56,8 +56,10 @@ def read_wanted(
     for layer in layers:
         _check_partition(layer, groups.get(layer.layer, []))
     kept = {layer: tuple(sorted(one[0] for one in found)) for layer, found in groups.items()}
-    first = layers[0]
-    return Wanted(Keep(dict(sorted(kept.items())), first.n_experts, first.top_k), groups)
+    counts = [layer.n_experts for layer in layers]
+    differ = tuple(counts) if len(set(counts)) > 1 else None
+    keep = Keep(dict(sorted(kept.items())), max(counts), layers[0].top_k, experts_per_layer=differ)
+    return Wanted(keep, groups)
 
 
 def _check_partition(layer: MoeLayer, groups: Sequence[Sequence[int]]) -> None:

@@ -90,4 +90,4 @@ class Source:
         """What the recording knows of each layer."""
         order = [layer.layer for layer in find_moe_layers(self.model)]
         for layer in layers:
-            yield layer, Recorded(self.tallies, order.index(layer.layer))
+            yield layer, Recorded(self.tallies, order.index(layer.layer), layer.n_experts)

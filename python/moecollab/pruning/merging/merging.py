@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,14 +17,15 @@ from moecollab.criteria.probe import Text
 from moecollab.embedded import located
 from moecollab.errors import MissingInputError, SettingsError, UnsupportedModelError, unknown_name
 from moecollab.manifest import refuse_existing
-from moecollab.models.keep import Keep, check_cut, check_keep, check_untied
+from moecollab.models.keep import check_cut, check_keep, check_untied
 from moecollab.models.loading import ModelLike, load_model
-from moecollab.models.masked import PRUNED, read_masked
+from moecollab.models.masked import cut_in_memory, note_cut, original_of, read_masked
 from moecollab.models.routing import MoeLayer, find_moe_layers
 from moecollab.models.slicing import Change, all_or_nothing, slice_experts, slice_router
 from moecollab.models.stacks import expert_stacks, replace_stacks
 from moecollab.progress import track
-from moecollab.pruning.counts import count_field
+from moecollab.pruning.card import Size, about, origin_of
+from moecollab.pruning.counts import set_count
 from moecollab.pruning.merging.averaging import Group, Match, average_rows, averaged
 from moecollab.pruning.merging.deciding import GroupsLike, Wanted, decided, read_wanted
 from moecollab.pruning.merging.evidence import Source
@@ -32,8 +33,9 @@ from moecollab.pruning.merging.methods import METHODS, ROUTERS, Method, Router
 from moecollab.pruning.merging.neurons import Neurons, activity_match, find_neurons, weight_match
 from moecollab.pruning.merging.novices import with_novices
 from moecollab.pruning.merging.seen import SAMPLE, Seen
-from moecollab.pruning.plans import Plan
-from moecollab.pruning.pruning import SHARD, check_uniform, written
+from moecollab.pruning.merging.telling import of_groups, of_novices, places_of
+from moecollab.pruning.plans import Plan, load_plan
+from moecollab.pruning.pruning import SHARD, check_uniform, write_card, written
 from moecollab.pruning.streaming.folder import Writing
 from moecollab.record.activations import Activations
 from moecollab.record.counts import RoutingCounts
@@ -120,25 +122,33 @@ def merge(  # noqa: PLR0913 (a method may need any of these)
     check_keep(wanted.keep, layers)
     check_cut(layers)
     check_untied(loaded, layers)
-    source = Source(loaded, tokenizer, activations, corpus, tokens, seed)
+    why, before = about(model, wanted.keep, _plan_of(plan)), Size.of_model(loaded)
+    source, since = (
+        Source(loaded, tokenizer, activations, corpus, tokens, seed),
+        cut_in_memory(loaded),
+    )
     with torch.no_grad(), _evaluating(loaded):
         if how == NOVICES:
-            note = with_novices(layers, wanted, source)
+            with_novices(layers, wanted, source)
+            told = of_novices(wanted.keep, layers)
         else:
             check_uniform(wanted.keep)
-            method = METHODS[how]
-            note = _merge(loaded, layers, wanted, _adjusted(method, router, align), source)
+            adjusted = _adjusted(METHODS[how], router, align)
+            groups = _merge(loaded, layers, wanted, adjusted, source)
+            told = of_groups(wanted, groups, adjusted)
     if out is not None:
-        with written(
-            loaded,
-            tokenizer,
-            model,
-            Path(out),
-            note,
-            Writing(shard_size=SHARD, overwrite=overwrite),
-        ):
-            pass
+        original = original_of(origin_of(model), told.arrangement.keep, since)
+        note = told.arrangement.note(original) | told.note
+        writing = Writing(shard_size=SHARD, overwrite=overwrite)
+        with written(loaded, tokenizer, model, Path(out), note, writing) as folder:
+            write_card(folder, why, told.arrangement, before, told.making)
     return loaded
+
+
+def _plan_of(plan: object) -> Plan | None:
+    """The plan with its reasons, if it was one."""
+    found = load_plan(plan) if isinstance(plan, str | PathLike) else plan
+    return found if isinstance(found, Plan) else None
 
 
 def _check(how: str, router: str | None, align: bool | None) -> None:
@@ -174,8 +184,8 @@ def _merge(
     wanted: Wanted,
     method: Method,
     source: Source,
-) -> dict[str, Any]:
-    """Merges all layers, or changes nothing; gives the note to write beside the model."""
+) -> dict[int, list[Group]]:
+    """Merges all layers, or changes nothing; gives the groups of each."""
     groups: dict[int, list[Group]] = {}
     parts = [[layer] for layer in layers] if method.in_order else [layers]
     finder = _NeuronFinder()
@@ -186,9 +196,9 @@ def _merge(
                 groups[layer.layer] = chosen
                 changes += _merge_layer(layer, chosen, method, finder.of(layer, seen, method))
                 bar.advance()
-    owner, name = count_field(model, layers[0])
-    setattr(owner, name, len(groups[layers[0].layer]))
-    return _note(wanted.keep, groups, method)
+    set_count(model, layers[0], len(groups[layers[0].layer]))
+    note_cut(model, places_of(wanted.keep, groups))
+    return groups
 
 
 def _decisions(
@@ -197,7 +207,7 @@ def _decisions(
     """Groups of each layer, and of what was seen what merging takes."""
     for layer, known in source.each(layers, method, grouped=wanted.groups is not None):
         groups = decided(layer, wanted, method, known)
-        check_keep(_keep_of(wanted.keep, {layer.layer: groups}), [layer])
+        check_keep(places_of(wanted.keep, {layer.layer: groups}), [layer])
         if isinstance(known, Seen):
             known.forget(SAMPLE if method.align == "activity" else FEW)
         yield layer, groups, known if isinstance(known, Seen) else None
@@ -249,17 +259,3 @@ class _NeuronFinder:
         if method.align == "activity":
             return _Aligned(neurons, partial(activity_match, neurons, rows=seen.sample))
         return _Aligned(neurons, partial(weight_match, neurons))
-
-
-def _keep_of(keep: Keep, groups: Mapping[int, Sequence[Group]]) -> Keep:
-    """The experts that give the groups their places, as what is kept."""
-    kept = {layer: tuple(one.centre for one in found) for layer, found in groups.items()}
-    return replace(keep, keep=kept)
-
-
-def _note(keep: Keep, groups: Mapping[int, Sequence[Group]], method: Method) -> dict[str, Any]:
-    members = {str(at): [list(one.members) for one in found] for at, found in groups.items()}
-    shares = {str(at): [list(one.shares) for one in found] for at, found in groups.items()}
-    how = {"how": method.name, "router": method.router, "align": method.align or "none"}
-    merged = {**how, "groups": members, "shares": shares}
-    return {"kind": PRUNED, "experts": _keep_of(keep, groups).as_json(), "merged": merged}

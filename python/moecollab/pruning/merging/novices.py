@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,9 @@ from moecollab.pruning.merging.deciding import Wanted
 from moecollab.pruning.merging.evidence import Source
 from moecollab.pruning.merging.seen import Matrix, observe
 
-KIND = "model with novices"
 
-
-def with_novices(layers: Sequence[MoeLayer], wanted: Wanted, source: Source) -> dict[str, Any]:
-    """Turns the experts that go into constants, or changes nothing; gives the note to write.
+def with_novices(layers: Sequence[MoeLayer], wanted: Wanted, source: Source) -> None:
+    """Turns the experts that go into constants, or changes nothing.
 
     Source: MoNE, Zhang et al. 2025 (arXiv:2507.00390). An expert becomes its mean output over the
     tokens routed to it: all its weights 0, the bias of its last projection the mean. Stock models
@@ -38,7 +35,6 @@ def with_novices(layers: Sequence[MoeLayer], wanted: Wanted, source: Source) -> 
         for layer, means in _means(layers, source):
             gone = sorted(set(range(layer.n_experts)) - set(wanted.keep.keep[layer.layer]))
             changes += replace_stacks(layer, _constants(layer, gone, means))
-    return {"kind": KIND, "experts": wanted.keep.as_json()}
 
 
 def _means(layers: Sequence[MoeLayer], source: Source) -> list[tuple[MoeLayer, Matrix]]:

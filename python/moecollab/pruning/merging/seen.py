@@ -36,21 +36,24 @@ class Recorded:
         Sums over all domains.
     row : int
         Place of the layer among them.
+    n_experts : int
+        Experts of the layer.
     """
 
     tallies: Tallies
     row: int
+    n_experts: int
 
     @property
     def counts(self) -> Matrix:
         """Tokens routed to each expert, (n_experts,)."""
-        counts: Matrix = self.tallies.count[self.row].astype(np.float64)
+        counts: Matrix = self.tallies.count[self.row, : self.n_experts].astype(np.float64)
         return counts
 
     @property
     def means(self) -> Matrix:
         """Mean output of each expert over those tokens, 0 without any: (n_experts, hidden)."""
-        found: Matrix = self.tallies["sum_output"][self.row]
+        found: Matrix = self.tallies["sum_output"][self.row, : self.n_experts]
         return found / np.maximum(self.counts, 1)[:, None]
 
 

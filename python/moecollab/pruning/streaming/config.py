@@ -12,7 +12,7 @@ from typing import Any
 from moecollab.errors import UnsupportedModelError
 from moecollab.manifest import read_json
 from moecollab.models.routing import find_moe_layers
-from moecollab.models.uneven import Arrangement
+from moecollab.models.uneven import ENTRY, Arrangement
 from moecollab.pruning.counts import count_names, further_counts, holder_of, text_path
 from moecollab.pruning.streaming.files import kept_files
 
@@ -49,7 +49,10 @@ def smaller_config(
         for path_to in further_counts(value):
             text = _with(text, path_to, 0, ())
     entry = arrangement.config_entry()
-    return _dump(json.loads(text) | entry) if entry else text
+    if not entry and ENTRY not in value:
+        return text
+    held = {name: one for name, one in json.loads(text).items() if name != ENTRY}
+    return _dump(held | entry)
 
 
 def _check_unnamed(path: Path) -> None:

@@ -19,9 +19,9 @@ from moecollab.manifest import digest_file, digest_json, dump_json
 from moecollab.models.checkpoint import Checkpoint
 from moecollab.models.keep import Keep, check_cut, check_keep
 from moecollab.models.loading import check_tensor, explained, open_config, skeleton
-from moecollab.models.masked import MASK_FILE, PRUNED, padding_of
+from moecollab.models.masked import MASK_FILE, PRUNED, original_of, padding_of
 from moecollab.models.routing import find_moe_layers
-from moecollab.models.uneven import Uneven, arranged, check_padding
+from moecollab.models.uneven import Uneven, arranged
 from moecollab.pruning.card import CARD, About, Size, card
 from moecollab.pruning.streaming.config import smaller_config
 from moecollab.pruning.streaming.copying import Sources, compare, write_shard
@@ -141,9 +141,8 @@ def _plan_work(source: Path, keep: Keep, how: Writing) -> _Work:
     """Decides what is written, from headers and configuration alone."""
     model = skeleton(open_config(str(source), moe=True))
     layers = find_moe_layers(model)
-    check_keep(keep, layers)
+    check_keep(keep, layers, padding_of(source))
     check_cut(layers)
-    check_padding(keep, padding_of(source))
     arrangement = arranged(keep, how.uneven, layers)
     with explained(str(source)):
         checkpoint = Checkpoint.open(str(source))
@@ -151,17 +150,18 @@ def _plan_work(source: Path, keep: Keep, how: Writing) -> _Work:
     found = sort_tensors(model, checkpoint, keep)
     _check_routers(checkpoint, found)
     config = source.joinpath(CONFIG).read_text("utf-8")
-    if any(len(kept) < keep.n_experts for kept in keep.keep.values()):
+    if keep.cuts:
         config = smaller_config(source / CONFIG, model, arrangement, without_mtp=found.without_mtp)
     if found.without_mtp:
         progress.say("layers that predict further tokens (MTP) are left out: no plan knows them")
     shards = lay_out(found.pieces, how.shard_size, checkpoint.metadata)
-    note = dump_json({"kind": PRUNED} | arrangement.note()).decode()
+    noted = arrangement.note(original_of(source, keep))
+    note = dump_json({"kind": PRUNED} | noted).decode()
     beside = {CONFIG: config, MASK_FILE: note}
     if how.about is not None:
         after = [(piece.shape, piece.n_bytes) for shard in shards for piece in shard.pieces]
         before = [(one.shape, one.n_bytes) for one in checkpoint.tensors.values()]
-        beside[CARD] = card(how.about, arrangement, Size.of(before), Size.of(after))
+        beside[CARD] = card(how.about, arrangement, (Size.of(before), Size.of(after)))
     digests = {
         "model": digest_json([stamps, [digest_file(source / name) for name in kept_files(source)]]),
         "plan": digest_json([keep.as_json(), config]),

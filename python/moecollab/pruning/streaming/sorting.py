@@ -108,7 +108,7 @@ class _Sorter:
     @property
     def _cuts(self) -> bool:
         """Whether any expert goes."""
-        return any(len(kept) < self.keep.n_experts for kept in self.keep.keep.values())
+        return self.keep.cuts
 
     def _by_layer(self) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
         """Keys of routers and of experts of each layer."""

@@ -45,7 +45,7 @@ def use_map(
     """
     domains = tuple(shown) if len(use.domains) > 1 else ()
     views = [use.overall, *(use.by_domain[use.domains.index(name)] for name in domains)]
-    top = 100 * max(float(np.quantile(view, 0.995)) for view in views)
+    top = 100 * max(float(np.quantile(view[use.held], 0.995)) for view in views)
     traces = [_overall_trace(use, top), *(_domain_trace(use, name, top) for name in domains)]
     figure = go.Figure([*traces, _leaning_trace(use)] if domains else traces)
     names = [ALL_TEXT, *domains, LEANING]
@@ -92,7 +92,7 @@ def _leaning_trace(use: ExpertUse) -> go.Heatmap:
     """How far each expert leans to its favourite domain."""
     lift = use.lift.max(axis=0)
     trace = _site_map(use, lift, LEANING, colorbar("times average"))
-    trace.update(zmin=1, zmax=max(2.0, float(np.quantile(lift, 0.99))), colorscale=WARM)
+    trace.update(zmin=1, zmax=max(2.0, float(np.quantile(lift[use.held], 0.99))), colorscale=WARM)
     trace.text = _leanings(use)
     trace.hovertemplate = f"{SITE}%{{text}}<extra></extra>"
     return trace
@@ -102,7 +102,7 @@ def _site_map(
     use: ExpertUse, values: NDArray[np.float64], name: str, bar: dict[str, object]
 ) -> go.Heatmap:
     return go.Heatmap(
-        z=values.astype(np.float32),
+        z=np.where(use.held, values, np.nan).astype(np.float32),
         x=list(range(use.n_experts)),
         y=[str(layer) for layer in use.layers],
         xgap=_gap(use.n_experts),
@@ -187,7 +187,7 @@ def _menu(names: Sequence[str], *, always: bool) -> dict[str, object]:
 def score_strip(drops: Drops) -> go.Figure:
     """One dot per expert along its score, a row per layer; dropped ones stand out."""
     figure = go.Figure()
-    kinds = (("kept", ~drops.gone, KEPT, "circle", 0.75), ("dropped", drops.gone, GONE, "x", 1.0))
+    kinds = (("kept", drops.stays, KEPT, "circle", 0.75), ("dropped", drops.gone, GONE, "x", 1.0))
     for name, which, colour, symbol, opacity in kinds:
         rows, experts = np.nonzero(which)
         figure.add_trace(

@@ -32,9 +32,10 @@ MOST_NAMED = 40
 def sureness_map(sure: Sureness) -> go.Figure:
     """How often draws keep each expert, the surest of each layer first, and where the cut is."""
     scores, spread, order = sure.scores, sure.spread, sure.order
+    shown = np.where(scores.present, spread.kept_probability, np.nan)
     probability, value, low, high = (
         np.take_along_axis(array, order, axis=1)
-        for array in (spread.kept_probability, scores.values, spread.low, spread.high)
+        for array in (shown, scores.values, spread.low, spread.high)
     )
     gap = 1 if scores.n_experts <= 96 else 0
     trace = go.Heatmap(
