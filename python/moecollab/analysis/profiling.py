@@ -195,19 +195,12 @@ def _first_of(keys: NDArray[np.int64]) -> NDArray[np.intp]:
     return np.unique(keys, return_index=True)[1]
 
 
-class _Shared:
-    """Listens to the shared experts of some layers while a ``with`` block runs."""
+class _Hooks:
+    """Hooks that are on while a ``with`` block runs, told what each forward pass holds."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
-        self.modules = shared_experts(model, layers)
-        self.outputs = {layer: _Outputs(layer, 1, SHARED) for layer in self.modules}
+    def __init__(self) -> None:
         self.handles: list[Any] = []
         self.places, self.real = Places(*np.zeros((3, 0), np.int64)), torch.empty(0)
-
-    def __enter__(self) -> _Shared:
-        for layer, module in self.modules.items():
-            self.handles.append(module.register_forward_hook(self._hook(layer)))
-        return self
 
     def __exit__(self, *_error: object) -> None:
         for handle in self.handles:
@@ -216,6 +209,20 @@ class _Shared:
     def begin(self, places: Places, real: Tensor) -> None:
         """Says what the next forward pass holds."""
         self.places, self.real = places, real
+
+
+class _Shared(_Hooks):
+    """Listens to the shared experts of some layers while a ``with`` block runs."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[MoeLayer]) -> None:
+        self.modules = shared_experts(model, layers)
+        self.outputs = {layer: _Outputs(layer, 1, SHARED) for layer in self.modules}
+        super().__init__()
+
+    def __enter__(self) -> _Shared:
+        for layer, module in self.modules.items():
+            self.handles.append(module.register_forward_hook(self._hook(layer)))
+        return self
 
     def _hook(self, layer: int) -> Any:  # noqa: ANN401
         def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:  # noqa: ANN401
@@ -244,27 +251,18 @@ def shared_experts(model: nn.Module, layers: Sequence[MoeLayer]) -> dict[int, nn
     return found
 
 
-class _Stream:
+class _Stream(_Hooks):
     """Listens to what goes from decoder layer to decoder layer while a ``with`` block runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = list(cast(nn.ModuleList, model.get_submodule(decoder_layers(model))))
         self.rows: list[dict[str, float]] = [{} for _ in range(len(self.layers) + 1)]
-        self.handles: list[Any] = []
-        self.places, self.real = Places(*np.zeros((3, 0), np.int64)), torch.empty(0)
+        super().__init__()
 
     def __enter__(self) -> _Stream:
         for number, layer in enumerate(self.layers):
             self.handles.append(layer.register_forward_hook(self._hook(number), with_kwargs=True))
         return self
-
-    def __exit__(self, *_error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def begin(self, places: Places, real: Tensor) -> None:
-        """Says what the next forward pass holds."""
-        self.places, self.real = places, real
 
     def _hook(self, number: int) -> Any:  # noqa: ANN401
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
